@@ -1,0 +1,235 @@
+"""Configs: JSON in, dataclasses out, nothing unknown accepted.
+
+`load_config(GRPOConfig, "configs/stage2.json", ["max_steps=4", "media.max_frames=16"])` reads a JSON file, applies
+`key=value` overrides (dots reach into nested objects, values are JSON or plain text) and returns a dataclass whose
+every field has the declared type. Anything else is one `ConfigError` that names the file, the key and what would be right.
+"""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+
+class ConfigError(ValueError):
+    """A config that can't be used; the message names the file and the key and says what would be right."""
+
+
+@dataclass
+class Source:
+    """One data file: `slice` is "all" or "first|last|random:N" or "...:N%" (percentages round down)."""
+
+    path: str
+    media_root: str | None = None  # where the samples' media paths start; default: the data file's own folder
+    slice: str = "all"
+    format: str = "hov2"
+
+
+@dataclass
+class MediaConfig:
+    """How clips become tensors (method.md, "Media")."""
+
+    fps: float = 2.0
+    max_frames: int = 32
+    min_pixels: int = 4 * 28 * 28
+    max_pixels: int = 128 * 28 * 28
+    interleave_audio: bool = False  # true: Qwen2.5-Omni's time-aligned layout; false: audio as an item after the video
+
+
+@dataclass
+class JudgeConfig:
+    """An OpenAI-compatible server; `url` is the base that `/chat/completions` is appended to."""
+
+    url: str
+    model: str = "judge"
+    api_key_env: str | None = None  # name of the environment variable that holds the key
+    timeout: float = 30.0  # seconds for one request
+    max_retries: int = 4
+    concurrency: int = 32
+    cache: str | None = None  # folder of parsed scores
+
+
+@dataclass
+class BaseConfig:
+    """What training and evaluation share."""
+
+    model: str  # a thinker's folder, a full Qwen2.5-Omni folder, or a hub id
+    output_dir: str
+    data: list[Source]
+    seed: int = 0
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, float32 on CPU
+    media: MediaConfig = field(default_factory=MediaConfig)
+    prompts: str | None = None  # JSON file that replaces words of prompts.py
+    max_prompt_length: int | None = None  # tokens, media included
+    on_long_prompt: Literal["error", "skip", "fewer_frames"] = "error"
+    encoding_cache: int = 0  # clips whose tower outputs are kept in memory (the towers are frozen, so this is exact)
+    judge: JudgeConfig | None = None
+
+
+@dataclass
+class TrainConfig(BaseConfig):
+    """What SFT and GRPO share."""
+
+    num_train_epochs: float = 1.0
+    max_steps: int | None = None  # stops earlier than the epochs say
+    learning_rate: float = 1e-6
+    lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_steps: int = 0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    gradient_checkpointing: bool = True
+    logprob_chunk: int = 128  # tokens whose logits exist at a time
+    max_bad_samples: float = 0.01  # share of the samples drawn that may be unusable before the run stops
+    eval_data: list[Source] = field(default_factory=list)
+    eval_steps: int = 0  # 0: never
+    eval_max_new_tokens: int = 2048
+    save_steps: int = 0  # 0: only at the end
+    resume: bool = False  # continue from the newest checkpoint in output_dir
+    report_to: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
+
+
+@dataclass
+class SFTConfig(TrainConfig):
+    """Stage 1, the supervised cold start."""
+
+    num_train_epochs: float = 2.0
+    learning_rate: float = 2e-5
+    samples_per_step: int = 32  # of all ranks together
+    per_device_train_batch_size: int = 1  # samples in one forward pass of one rank
+    train_on_prompt: bool = False  # true: the released rule, every text token of the conversation
+
+
+@dataclass
+class GRPOConfig(TrainConfig):
+    """Stages 2 and 3, GRPO."""
+
+    prompts_per_step: int = 8  # of all ranks together
+    per_device_train_batch_size: int = 1  # prompts (whole groups) in one forward pass of one rank
+    num_generations: int = 8
+    num_iterations: int = 1
+    temperature: float = 0.9
+    top_p: float = 1.0
+    top_k: int = 50
+    max_completion_length: int = 1024
+    beta: float = 0.04
+    epsilon: float = 0.2
+    epsilon_high: float | None = None  # None: epsilon
+    loss_type: Literal["token", "grpo", "dr_grpo", "bnpo"] = "token"
+    scale_rewards: bool = False
+    reward_weights: dict[str, float] = field(default_factory=lambda: {"format": 1.0, "accuracy": 1.0})
+    credit: Literal["seen", "inside", "released"] = "seen"
+    format: Literal["strict", "released"] = "strict"
+    gate_threshold: float | None = None
+    mask_truncated_completions: bool = False
+    dump_every: int = 1  # steps between rollout dumps; 0: never
+
+
+@dataclass
+class EvalConfig(BaseConfig):
+    """Evaluation: greedy answers, accuracy per problem type."""
+
+    max_new_tokens: int = 2048
+    batch_size: int = 8  # questions decoded together on one rank
+    temperature: float = 0.0  # 0: greedy
+
+
+def load_config(cls, path, overrides=()):
+    """Reads `path` (JSON) into the dataclass `cls`, then applies `key=value` overrides.
+
+    Raises ConfigError for a missing file, broken JSON, an unknown key (naming the nearest known one), a missing
+    required key, or a value of the wrong type.
+    """
+    path = Path(path)
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    for override in overrides:
+        _apply_override(values, override)
+    return _build(cls, values, where=str(path))
+
+
+def save_config(config, folder):
+    """Writes the resolved config to `folder/config.json`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+
+
+def config_from_argv(cls, argv, default):
+    """`[config.json] [key=value ...]` as the scripts take them; `default` is the config when none is named."""
+    paths = [a for a in argv if "=" not in a]
+    if len(paths) > 1 or any(a.startswith("-") for a in argv):
+        raise ConfigError(f"expected [config.json] [key=value ...], got {' '.join(argv)}")
+    return load_config(cls, paths[0] if paths else default, [a for a in argv if "=" in a])
+
+
+def _apply_override(values, override):
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r}: expected key=value")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text  # plain words need no quotes
+    *parents, last = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"override {override!r}: {parent} is not an object")
+    values[last] = value
+
+
+def _build(cls, values, where):
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(hints))}"
+            raise ConfigError(f"{where}: unknown key {key!r}; {hint}")
+    missing = [f.name for f in dataclasses.fields(cls)
+               if f.name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    if missing:
+        raise ConfigError(f"{where}: missing key {missing[0]!r}")
+    return cls(**{key: _check(hints[key], value, f"{where}: {key}") for key, value in values.items()})
+
+
+def _check(kind, value, where):
+    """`value` as `kind` (the few type forms that the dataclasses above use), or ConfigError."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is types.UnionType:  # X | None
+        return None if value is None else _check(args[0], value, where)
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(f"{where}: {value!r} is not one of {', '.join(map(repr, args))}")
+        return value
+    if dataclasses.is_dataclass(kind):
+        _require(isinstance(value, dict), "an object", value, where)
+        return _build(kind, value, where)
+    if origin is list:
+        _require(isinstance(value, list), "a list", value, where)
+        return [_check(args[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if origin is dict:
+        _require(isinstance(value, dict), "an object", value, where)
+        return {key: _check(args[1], item, f"{where}.{key}") for key, item in value.items()}
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is float:
+        _require(number, "a number", value, where)
+        return float(value)
+    _require(isinstance(value, kind) and (kind is bool or not isinstance(value, bool)), kind.__name__, value, where)
+    return value
+
+
+def _require(ok, expected, value, where):
+    if not ok:
+        raise ConfigError(f"{where}: expected {expected}, got {value!r}")
