@@ -1,0 +1,451 @@
+"""From data files to model inputs: samples, slices, the global order of prompts, and loading with replacements.
+
+`read_samples` reads strictly: a record that can't be used is one DataError that names file, record and field.
+`make_inputs` turns a sample into token ids, patches and mel frames on the CPU. `PromptOrder` says which samples belong
+to which step, for any number of ranks, and `StepLoader` loads a rank's share of them.
+"""
+
+import functools
+import json
+import math
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple, dataclass, field, replace
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hov2.distributed import gather_objects
+from hov2.media import MediaError, log_mel, patchify, read_media
+from hov2.prompts import render
+from hov2.rewards import PROBLEM_TYPES, check_reference
+
+CHOICE_TYPES = ("multiple choice", "emer_ov_mc")  # these need options
+DATA_TYPES = ("image", "video", "audio", "image_audio", "text")
+RECORD_FIELDS = ("problem", "problem_type", "options", "solution", "data_type", "path", "id")
+SPECIAL_TOKEN = re.compile(r"<\|\w+\|>")  # how every special token of Qwen2.5-Omni looks
+END_OF_TURN = "<|im_end|>"
+MEDIA_TOKENS = {"video": "<|VIDEO|>", "image": "<|IMAGE|>", "audio": "<|AUDIO|>"}
+POSITIONS_PER_SECOND, SECONDS_PER_CHUNK = 25, 2.0  # of the time-aligned layout; Qwen2.5-Omni's config
+
+
+class DataError(ValueError):
+    """Data that has to be mended before the run can go on; the message names the file or the sample."""
+
+
+class SkipSample(Exception):
+    """A sample that this run can't use and may replace; the text says why."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question with its media. `paths` maps "image", "video" or "audio" to a file; {} is a text-only question."""
+
+    id: str
+    problem: str
+    problem_type: str
+    options: tuple | None
+    solution: str
+    data_type: str
+    paths: dict = field(default_factory=dict)
+    source: str = ""  # the data file
+    extra: dict = field(default_factory=dict)  # the record's other fields, for grouping in evaluation
+    has_sound: bool = False  # the video has a sound track; known once the file has been read (make_inputs)
+
+    @property
+    def media_kinds(self):
+        """The media in the order of the prompt, such as ("video", "audio"): a video's sound is an item of its own."""
+        kinds = tuple(kind for kind in ("video", "image", "audio") if kind in self.paths)
+        return kinds + ("audio",) if self.has_sound else kinds
+
+
+# ---- Reading ----
+
+
+def read_samples(sources, seed=0):
+    """The samples of all `sources` (config.Source), in order, each cut to its slice; `seed` is for random slices.
+
+    Files are a JSON list (.json) or one JSON object a line (.jsonl), UTF-8. All records of a file are checked, also
+    those outside the slice; media files aren't looked for until they are loaded. Raises DataError for the first bad
+    record and for a source of which nothing is left.
+    """
+    samples = []
+    for source in sources:
+        if source.format not in FORMATS:
+            raise DataError(f"{source.path}: unknown format {source.format!r}; known: {', '.join(FORMATS)}")
+        root = Path(source.media_root) if source.media_root else Path(source.path).parent
+        read = FORMATS[source.format]
+        found = [read(record, number, source.path, root) for number, record in _records(source.path)]
+        kept = take_slice(found, source.slice, seed)
+        if not kept:
+            raise DataError(f"{source.path}: slice {source.slice!r} of {len(found)} records leaves none")
+        samples += kept
+    return samples
+
+
+def take_slice(items, text, seed=0):
+    """`items` cut to "all" or "first|last|random:N" or "...:N%".
+
+    Percentages round down at either end, so "first:50%" and "last:50%" never share an item. N beyond the end takes all.
+    A random slice keeps the order of the file.
+    """
+    if text == "all":
+        return list(items)
+    match = re.fullmatch(r"(first|last|random):(?:(\d+)|(\d+(?:\.\d+)?)%)", text)
+    if not match or (match[3] and Fraction(match[3]) > 100):
+        raise DataError(f"slice {text!r}: expected all, or first:N, last:N, random:N, where N may be a percentage (50%)")
+    where = match[1]
+    count = min(int(match[2]), len(items)) if match[2] else math.floor(len(items) * Fraction(match[3]) / 100)
+    if where == "random":
+        return [items[i] for i in sorted(_permutation(len(items), seed, _SLICE, 0)[:count].tolist())]
+    return list(items[:count] if where == "first" else items[len(items) - count:])
+
+
+def _records(path):
+    """(record number from 1, record) of a JSON list or of JSON lines; the number of a line is that of the file."""
+    number, lines = 0, str(path).endswith(".jsonl")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        if lines:
+            for number, line in enumerate(text.split("\n"), 1):
+                if line.strip():
+                    yield number, json.loads(line)
+            return
+        records = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: {f'record {number}: ' if lines else ''}not valid JSON: {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: can't be read: {error}") from None
+    if not isinstance(records, list):
+        raise DataError(f"{path}: expected a list of records (one object a line needs the ending .jsonl)")
+    yield from enumerate(records, 1)
+
+
+def _read_hov2(record, number, path, root):
+    """One record of the project's own format (method.md, "Samples") -> Sample, or DataError."""
+    where = f"{path}: record {number}"
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: expected an object, got {type(record).__name__}")
+    problem, problem_type, solution = (_text(record, name, where) for name in ("problem", "problem_type", "solution"))
+    if problem_type not in PROBLEM_TYPES:
+        raise DataError(f"{where}: problem_type: unknown {problem_type!r}; known: {', '.join(PROBLEM_TYPES)}")
+    options = _options(record, problem_type, where)
+    for name, text in [("problem", problem), ("solution", solution), ("options", "\n".join(options or ()))]:
+        if special := SPECIAL_TOKEN.search(text):
+            raise DataError(f"{where}: {name}: {special[0]} has the form of a special token and can't be part of a text")
+    try:
+        check_reference(solution, problem_type)
+    except ValueError as error:
+        raise DataError(f"{where}: solution: {error}") from None
+    name = record.get("id")
+    if name is not None and not isinstance(name, (str, int)):
+        raise DataError(f"{where}: id: expected text or a whole number, got {name!r}")
+    data_type, paths = _paths(record, where)
+    return Sample(
+        id=f"{Path(path).name}:{number}" if name is None else str(name), problem=problem, problem_type=problem_type,
+        options=options, solution=solution, data_type=data_type, source=str(path),
+        paths={kind: os.path.abspath(root / file) for kind, file in paths.items()},
+        extra={key: value for key, value in record.items() if key not in RECORD_FIELDS},
+    )
+
+
+FORMATS = {"hov2": _read_hov2}
+
+
+def _text(record, name, where):
+    if name not in record:
+        raise DataError(f"{where}: missing field {name!r}")
+    if not isinstance(record[name], str) or not record[name].strip():
+        raise DataError(f"{where}: {name}: expected text, got {record[name]!r}")
+    return record[name]
+
+
+def _options(record, problem_type, where):
+    options = record.get("options")
+    if options is not None and not (isinstance(options, list) and all(isinstance(o, str) and o for o in options)):
+        raise DataError(f"{where}: options: expected a list of texts or null, got {options!r}")
+    if problem_type in CHOICE_TYPES and not options:
+        raise DataError(f"{where}: options: {problem_type!r} needs them")
+    return tuple(options) if options else None
+
+
+def _paths(record, where):
+    """(data type, {kind: file}) of a record."""
+    path = record.get("path")
+    data_type = record.get("data_type", "image_audio" if isinstance(path, dict) else None)
+    if data_type is None:
+        raise DataError(f"{where}: missing field 'data_type'")
+    if data_type not in DATA_TYPES:
+        raise DataError(f"{where}: data_type: unknown {data_type!r}; known: {', '.join(DATA_TYPES)}")
+    if data_type == "text":
+        if path is not None:
+            raise DataError(f"{where}: path: a text sample has none, got {path!r}")
+        return data_type, {}
+    if path is None:
+        raise DataError(f"{where}: missing field 'path'")
+    if isinstance(path, dict) and data_type != "video" or data_type == "image_audio":
+        if not isinstance(path, dict) or set(path) != {"image", "audio"}:
+            raise DataError(f"{where}: path: expected an object with image and audio, got {path!r}")
+        return "image_audio", {kind: _text(path, kind, f"{where}: path") for kind in ("image", "audio")}
+    return data_type, {data_type: _text(record, "path", where)}
+
+
+# ---- A sample as model inputs ----
+
+
+@dataclass(frozen=True)
+class MediaShape:
+    """What a prompt's token ids and positions need to know about its media, without the pixels and the sound."""
+
+    visual_kind: str | None = None  # "video" | "image"
+    grid_thw: torch.Tensor | None = None  # (1, 3) int64: frames / 2, height / 14, width / 14
+    second_per_grid: float | None = None  # of a video: seconds between two of its grids (2 / sample_fps)
+    mel_frames: int = 0  # 100 a second; 0: no sound
+    interleaved: bool = False  # the sound is laid between the video's tokens, in time
+    audio_cut: float = 0.0  # seconds of sound left out because they are beyond the audio tower's 300
+
+    @property
+    def visual_tokens(self):
+        """Tokens of the image or video: 2 x 2 patches each."""
+        return 0 if self.grid_thw is None else int(self.grid_thw.prod()) // 4
+
+    @property
+    def audio_tokens(self):
+        """Tokens of the sound, 25 a second, as Qwen2.5-Omni counts them."""
+        return max(0, ((self.mel_frames - 1) // 2 + 1 - 2) // 2 + 1)
+
+
+@dataclass
+class Inputs:
+    """A prompt as CPU tensors. `pixel_values` and `mel` are None where there is no such medium, or where the model
+    already has the encoding of `media_key`."""
+
+    prompt_ids: torch.Tensor  # (P,) int64
+    shape: MediaShape
+    media_key: tuple  # files and media settings; () for text alone
+    pixel_values: torch.Tensor | None = None  # (patches, 1176) float32
+    mel: torch.Tensor | None = None  # (128, mel frames) float32
+
+
+def make_inputs(sample, tokenizer, prompts, media_config, *, max_prompt_length=None, on_long_prompt="error",
+                known=None):
+    """Reads the sample's media and writes its prompt: Sample -> Inputs.
+
+    `known` maps a media key to the MediaShape of a clip whose encoding the model keeps: such a clip isn't read again.
+    A prompt of more than `max_prompt_length` tokens is, by `on_long_prompt`, a DataError ("error"), a SkipSample
+    ("skip"), or tried again with half the frames until it fits and skipped if it never does ("fewer_frames"). Raises
+    MediaError for a file that can't be used.
+    """
+    while True:
+        key = (tuple(sample.paths.items()), *astuple(media_config)) if sample.paths else ()
+        if known is not None and key in known:
+            shape, pixel_values, mel = known[key], None, None
+        else:
+            shape, pixel_values, mel = _load_media(sample, media_config)
+        ids = _prompt_ids(sample, tokenizer, prompts, shape)
+        if max_prompt_length is None or len(ids) <= max_prompt_length:
+            return Inputs(torch.tensor(ids), shape, key, pixel_values, mel)
+        message = f"sample {sample.id}: the prompt has {len(ids)} tokens, max_prompt_length is {max_prompt_length}"
+        if on_long_prompt == "error":
+            raise DataError(f'{message} (on_long_prompt: "skip" or "fewer_frames" would go on)')
+        frames = 2 * int(shape.grid_thw[0, 0]) if shape.visual_kind == "video" else 0
+        if on_long_prompt == "skip" or frames <= 2 or media_config.max_frames <= 2:
+            raise SkipSample(message)
+        media_config = replace(media_config, max_frames=max(2, min(frames, media_config.max_frames) // 4 * 2))
+
+
+def _load_media(sample, settings):
+    """(MediaShape, patches or None, mel or None) of the sample's files."""
+    shape, pixel_values, mel = {}, None, None
+    for kind, path in sample.paths.items():
+        media = read_media(path, fps=settings.fps, max_frames=settings.max_frames, min_pixels=settings.min_pixels,
+                           max_pixels=settings.max_pixels)
+        found = "audio" if media.frames is None else "image" if media.sample_fps is None else "video"
+        if kind != found and not (kind == "audio" and media.audio is not None):
+            raise MediaError(path, f"expected {kind}, found {found}")
+        if kind != "audio":
+            pixel_values, grid_thw = patchify(media.frames)
+            shape |= {"visual_kind": kind, "grid_thw": grid_thw}
+        if kind == "video":
+            shape["second_per_grid"] = 2 / media.sample_fps
+        if kind != "image" and media.audio is not None:
+            mel = log_mel(media.audio)
+            shape |= {"mel_frames": mel.shape[1], "audio_cut": media.audio_cut}
+        if kind == "audio" and MediaShape(**shape).audio_tokens == 0:
+            raise MediaError(path, "the sound is shorter than one token of the audio tower (0.03 s)")
+    if not MediaShape(**shape).audio_tokens:  # a video's blip too short for the tower is no sound
+        shape["mel_frames"], mel = 0, None
+    interleaved = settings.interleave_audio and "video" in sample.paths and mel is not None
+    return MediaShape(**shape, interleaved=interleaved), pixel_values, mel
+
+
+def _prompt_ids(sample, tokenizer, prompts, shape):
+    """Token ids of the chat up to the assistant's turn, each media placeholder once per token of its medium."""
+    sample = replace(sample, has_sound="video" in sample.paths and shape.audio_tokens > 0)
+    text = render(prompts.chat(sample), interleave_audio=shape.interleaved)
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    token = {kind: tokenizer.convert_tokens_to_ids(name) for kind, name in MEDIA_TOKENS.items()}
+    runs = {token[kind]: [token[kind]] * shape.visual_tokens for kind in ("video", "image")}
+    runs[token["audio"]] = [token["audio"]] * shape.audio_tokens
+    kinds = sample.media_kinds
+    if shape.interleaved:
+        runs[token["video"]] = interleave(shape, token["video"], token["audio"])
+        kinds = ("video",)  # the one placeholder stands for both
+    for kind, name in MEDIA_TOKENS.items():
+        found, expected = ids.count(token[kind]), kinds.count(kind)
+        if found != expected:
+            raise DataError(f"sample {sample.id}: {name} is in its prompt {found} times instead of {expected}; "
+                            "is it among the words of the prompts file?")
+    return [i for token_id in ids for i in runs.get(token_id, [token_id])]
+
+
+def interleave(shape, video_id, audio_id):
+    """Token ids of a video with its sound in time order: for each 2 s the video's tokens, then the sound's.
+
+    The chunks are those of transformers' Qwen2_5OmniProcessor.get_chunked_index and of the thinker's get_rope_index,
+    computed with the latter's float32 numbers, so that tokens and positions agree: a chunk ends before the first token
+    at or after its time, and where frames are more than 2 s apart that rule leaves chunks of a single token.
+    """
+    grids, height, width = shape.grid_thw[0].tolist()
+    times = torch.arange(grids) * torch.tensor(shape.second_per_grid) * POSITIONS_PER_SECOND
+    video = _chunk_sizes(times.long().repeat_interleave(height * width // 4).tolist())
+    audio = _chunk_sizes(range(shape.audio_tokens))
+    ids = []
+    for i in range(max(len(video), len(audio))):
+        ids += [video_id] * (video[i] if i < len(video) else 0) + [audio_id] * (audio[i] if i < len(audio) else 0)
+    return ids
+
+
+def _chunk_sizes(times):
+    starts, limit = [0], int(POSITIONS_PER_SECOND * SECONDS_PER_CHUNK)
+    for i, t in enumerate(times):
+        if t >= len(starts) * limit:
+            starts.append(i)
+    return [b - a for a, b in zip(starts, [*starts[1:], len(times)])]
+
+
+def encode_solution(sample, tokenizer):
+    """Token ids (C,) of what the assistant says in the cold start: the solution as it is written, then the end of turn.
+
+    They decode to exactly that text, up to the Unicode normalisation (NFC) of Qwen's tokenizer.
+    """
+    ids = tokenizer(sample.solution, add_special_tokens=False).input_ids
+    return torch.tensor([*ids, tokenizer.convert_tokens_to_ids(END_OF_TURN)])
+
+
+# ---- Order and loading ----
+
+_ORDER, _SPARE, _SLICE = range(3)  # keep the random streams of one seed apart
+
+
+@functools.lru_cache(maxsize=8)
+def _permutation(size, seed, stream, round_):
+    return np.random.default_rng(np.random.SeedSequence([seed, stream, round_])).permutation(size)
+
+
+class PromptOrder:
+    """Which samples belong to which step: a pure function of (seed, step), the same for any number of ranks.
+
+    Each epoch is one permutation, and the permutations are laid end to end: a step that an epoch can't fill goes on
+    with the next epoch's samples, so that none is left out.
+    """
+
+    def __init__(self, num_samples, prompts_per_step, seed):
+        self.num_samples, self.prompts_per_step, self.seed = num_samples, prompts_per_step, seed
+
+    def step(self, step):
+        """The sample indices of `step` (from 0), prompts_per_step of them."""
+        first = step * self.prompts_per_step
+        return [self._at(_ORDER, position) for position in range(first, first + self.prompts_per_step)]
+
+    def spare(self, position):
+        """The sample index at `position` of the one endless list that replacements come from."""
+        return self._at(_SPARE, position)
+
+    def total_steps(self, num_train_epochs, max_steps=None):
+        """Steps that cover the epochs (the last one may reach into the next), at most `max_steps`."""
+        steps = max(1, math.ceil(num_train_epochs * self.num_samples / self.prompts_per_step - 1e-9))
+        return steps if max_steps is None else min(steps, max_steps)
+
+    def _at(self, stream, position):
+        round_, offset = divmod(position, self.num_samples)
+        return int(_permutation(self.num_samples, self.seed, stream, round_)[offset])
+
+
+class StepLoader:
+    """Loads this rank's share of each step, and replaces what can't be loaded, in the same way on every rank.
+
+    `make(sample) -> Inputs` is make_inputs with its settings. The slots of a step are dealt to the ranks in order, as
+    whole runs. A slot whose sample raises MediaError or SkipSample takes the next sample of the order's spare list, in
+    slot order over all ranks, until every slot is filled; `replaced` names each case. `gather(value)` returns every
+    rank's value, in rank order. The run stops with a DataError when more than `max_bad_samples` (a share) of the
+    samples drawn were bad; as long as fewer have been drawn than there are samples, the share is of the latter.
+    """
+
+    def __init__(self, samples, make, order, rank=0, world_size=1, gather=gather_objects, max_bad_samples=0.01,
+                 threads=4):
+        if order.prompts_per_step % world_size:
+            raise DataError(f"{order.prompts_per_step} samples a step can't be shared evenly by {world_size} processes")
+        self.samples, self.make, self.order, self.gather = samples, make, order, gather
+        self.max_bad_samples, self.threads = max_bad_samples, threads
+        share = order.prompts_per_step // world_size
+        self.slots = range(rank * share, (rank + 1) * share)
+        self.drawn, self.spares_used, self.replaced = 0, 0, []
+
+    def next_step(self, step):
+        """[(sample index, sample, inputs)] of this rank's slots. A DataError on one rank is raised on every rank."""
+        indices, loaded, spares_before = self.order.step(step), {}, self.spares_used
+        self.drawn += len(indices)
+        todo = list(self.slots)
+        while True:
+            failures = []
+            for slot, result in zip(todo, self._load([self.samples[indices[slot]] for slot in todo])):
+                if isinstance(result, Exception):
+                    failures.append((slot, indices[slot], str(result), isinstance(result, DataError)))
+                else:
+                    loaded[slot] = (indices[slot], self.samples[indices[slot]], result)
+            failures = sorted(failure for of_rank in self.gather(failures) for failure in of_rank)
+            if not failures:
+                return [loaded[slot] for slot in self.slots]
+            for slot, index, reason, fatal in failures:
+                if fatal:
+                    raise DataError(reason)
+                indices[slot] = self.order.spare(self.spares_used)
+                self.spares_used += 1
+                self.replaced.append({"step": step, "id": self.samples[index].id, "reason": reason,
+                                      "by": self.samples[indices[slot]].id})
+            self.drawn += len(failures)
+            self._check_share(self.spares_used - spares_before)
+            todo = [slot for slot, *_ in failures if slot in self.slots]
+
+    def state_dict(self):
+        """What a resumed run needs to go on identically; the same on every rank."""
+        return {"drawn": self.drawn, "spares_used": self.spares_used, "replaced": list(self.replaced)}
+
+    def load_state_dict(self, state):
+        """Takes up what state_dict() returned."""
+        self.drawn, self.spares_used, self.replaced = state["drawn"], state["spares_used"], list(state["replaced"])
+
+    def _load(self, samples):
+        """Inputs, or the exception that says why not, of each sample, in order; decoding runs in a few threads."""
+        if len(samples) < 2:
+            return [self._try(sample) for sample in samples]
+        with ThreadPoolExecutor(self.threads) as pool:
+            return list(pool.map(self._try, samples))
+
+    def _try(self, sample):
+        try:
+            return self.make(sample)
+        except (DataError, MediaError, SkipSample) as error:
+            return error
+
+    def _check_share(self, in_this_step):
+        bad, seen = len(self.replaced), max(self.drawn, len(self.samples))
+        if bad <= self.max_bad_samples * seen and in_this_step <= len(self.samples):
+            return
+        first = "".join(f"\n  {entry['id']}: {entry['reason']}" for entry in self.replaced[:5])
+        raise DataError(f"{bad} of {self.drawn} samples drawn can't be used, more than max_bad_samples = "
+                        f"{self.max_bad_samples} allows; the first ones:{first}")

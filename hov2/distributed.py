@@ -1,0 +1,127 @@
+"""Processes: setting them up, sharding a model over them (FSDP2), and summing over them.
+
+One code path for one process and for many: a single process is a group of size 1. Rules that keep the ranks together:
+every rank makes the same number of forward and backward calls, and no rank talks to the others while it decodes.
+"""
+
+import os
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+
+def setup():
+    """Joins the process group that torchrun describes, or makes one of size 1. Returns this rank's device."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    backend = "nccl" if cuda else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return device
+
+
+def cleanup():
+    """Leaves the process group."""
+    dist.destroy_process_group()
+
+
+def rank():
+    """This process's number; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    """How many processes there are; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier():
+    """Waits for all ranks."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+@contextmanager
+def rank_zero_first():
+    """The body runs on rank 0 first, then on the others: for downloads and other work that fills a shared cache."""
+    if rank() != 0:
+        barrier()
+    try:
+        yield
+    finally:  # also when rank 0 fails: the others then fail by themselves instead of waiting for ever
+        if rank() == 0:
+            barrier()
+
+
+def gather_objects(value):
+    """Every rank's `value` (any small picklable object), in rank order, on every rank."""
+    values = [None] * world_size()
+    if world_size() == 1:
+        return [value]
+    dist.all_gather_object(values, value)
+    return values
+
+
+def global_sum(values):
+    """Sums a tensor over the ranks, in place on a copy; the same result on every rank."""
+    values = values.clone()
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def compute_dtype(name, device):
+    """"auto" is bfloat16 on CUDA and float32 on the CPU; otherwise the named type."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, name)
+
+
+def shard(policy, device, dtype, frozen):
+    """FSDP2 over all ranks: each decoder layer is one unit, the rest (embeddings, norm, lm_head) belongs to the root.
+
+    Parameters stay in the type they have (float32 masters when trained), compute is in `dtype`, gradients are reduced
+    in float32. `frozen` parameters (the towers) are kept whole on each rank, in `dtype`: a rank may run them whenever it
+    likes, without the others.
+    """
+    thinker = policy.thinker
+    for parameter in frozen:
+        parameter.data = parameter.data.to(device, dtype)
+    for buffer in thinker.buffers():
+        buffer.data = buffer.data.to(device)
+    mesh = init_device_mesh(device.type, (world_size(),))
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False)
+    for layer in thinker.model.language_model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    # the root keeps its weights through the backward pass: chunks of the head are recomputed with lm_head there
+    fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=False, ignored_params=frozen)
+    return policy
+
+
+@contextmanager
+def unsharded(policy):
+    """Inside, the first forward pass gathers each layer and keeps it, so decoding needs no collective; resharded after.
+
+    Every rank has to run at least one forward pass inside, and then as many as it likes.
+    """
+    policy.set_reshard_after_forward(False)  # recursive
+    try:
+        yield
+    finally:
+        reshard(policy)
+        for layer in policy.thinker.model.language_model.layers:
+            layer.set_reshard_after_forward(True)
+
+
+def reshard(policy):
+    """Gives back all gathered weights, the root's too."""
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

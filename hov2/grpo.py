@@ -1,0 +1,166 @@
+"""GRPO's math: from rewards to advantages, from advantages to tokens, from tokens to the loss.
+
+Pure functions, tensors in and tensors out: no I/O, no distributed calls, no globals. NaN in a reward means *missing*
+(a judge that could not be asked), which is never the same as 0.
+
+Shapes: N groups (prompts), G completions of a group, B = N * G rows, C completion tokens.
+"""
+
+import torch
+
+JUDGED = ("context", "logic")  # the rewards that reach only a part of a completion's tokens
+
+
+# --- rewards -> advantages --------------------------------------------------------------------------------------------
+
+
+def group_advantages(rewards, scale_rewards=False):
+    """A(R) = R - mean of the group's present rewards; 0 where missing or where fewer than two are present.
+
+    rewards: (N, G), NaN = missing. With `scale_rewards`, divided by (unbiased std of the present rewards + 1e-4).
+    Returns (N, G). Source: method.md "Advantage"; TRL `_generate_and_score_completions` for the scaled form.
+    """
+    present = ~rewards.isnan()
+    count = present.sum(1, keepdim=True)  # (N, 1)
+    filled = rewards.masked_fill(~present, 0.0)
+    mean = filled.sum(1, keepdim=True) / count.clamp(min=1)
+    centered = (filled - mean).masked_fill(~present | (count < 2), 0.0)
+    if not scale_rewards:
+        return centered
+    std = (centered.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+    return centered / (std + 1e-4)
+
+
+def apply_gate(rewards, threshold):
+    """The gate: a context score at or below `threshold` zeroes accuracy and logic, a logic score at or below it accuracy.
+
+    rewards: {name: (N, G)}; the logic score that gates is the judge's, before the context gate zeroes it. Missing scores
+    gate nothing. Returns a new dict. Source: released code's option `markov_reward` (threshold 0.4), off by default.
+    """
+    gated = dict(rewards)
+    if "context" in rewards:
+        low = rewards["context"] <= threshold  # NaN compares False
+        for name in {"accuracy", "logic"} & set(gated):
+            gated[name] = gated[name].masked_fill(low, 0.0)
+    if "logic" in rewards and "accuracy" in gated:
+        gated["accuracy"] = gated["accuracy"].masked_fill(rewards["logic"] <= threshold, 0.0)
+    return gated
+
+
+def full_reward(rewards, weights):
+    """R_full = sum of weight * reward over the rewards that reach every token (format, accuracy): (N, G).
+
+    A missing component makes R_full of that completion missing as a whole.
+    """
+    return sum(weights[name] * rewards[name] for name in weights if name not in JUDGED)
+
+
+def reward_advantages(rewards, weights, *, scale_rewards=False, credit="seen"):
+    """One advantage for each reach: {"full": A(R_full), "context": A(w_ctx r_ctx), "logic": A(w_log r_log)}, each (N, G).
+
+    `credit="released"` puts A(R_full) in place of the judged rewards' own advantages, which is what the released code
+    computes: there the judge's score itself never reaches the gradient.
+    """
+    advantages = {"full": group_advantages(full_reward(rewards, weights), scale_rewards)}
+    for name in JUDGED:
+        if name in weights:
+            own = advantages["full"] if credit == "released" else group_advantages(weights[name] * rewards[name], scale_rewards)
+            advantages[name] = own
+    return advantages
+
+
+# --- advantages -> tokens ---------------------------------------------------------------------------------------------
+
+
+def credit(advantages, masks):
+    """A_t = A(R_full) + [token t is reached by context] A(context) + [... by logic] A(logic).
+
+    advantages: {"full": (G,), "context": (G,), "logic": (G,)}; masks: {name: (G, C)} of 0 and 1 (`spans.span_masks`).
+    Returns (G, C). Source: method.md "Advantage: which reward reaches which token".
+    """
+    return sum(advantage[:, None] * masks[name] for name, advantage in advantages.items())
+
+
+# --- tokens -> loss ---------------------------------------------------------------------------------------------------
+
+
+def kl_coef(step, total_steps, beta):
+    """beta_s = beta (1 - 0.75 min(1, s / (S/2))): from beta down to beta / 4 at half time, then constant.
+
+    step s and total_steps S count optimiser updates. Source: method.md "Loss".
+    """
+    return beta * (1.0 - 0.75 * min(1.0, step / (total_steps / 2)))
+
+
+def token_terms(per_token_logps, old_per_token_logps, ref_per_token_logps, advantages, completion_mask, *,
+                epsilon=0.2, epsilon_high=None):
+    """What one token contributes, before weights and sums.
+
+    All tensors (B, C). `old_per_token_logps=None` is on-policy (ratio 1, its gradient that of the log-probs);
+    `ref_per_token_logps=None` gives KL 0. Returns {"ratio", "policy_loss", "kl", "clipped_low", "clipped_high"}, (B, C):
+    policy_loss = - min(ratio A, clip(ratio, 1 - eps_low, 1 + eps_high) A), kl = exp(d) - d - 1 with d = ref - logp (k3);
+    clipped_* mark the tokens where the clip takes the gradient away. Padding is masked before exp, so it can't overflow.
+    """
+    keep = completion_mask.bool()
+    old = per_token_logps.detach() if old_per_token_logps is None else old_per_token_logps
+    ratio = torch.exp((per_token_logps - old).masked_fill(~keep, 0.0))
+    low, high = 1.0 - epsilon, 1.0 + (epsilon if epsilon_high is None else epsilon_high)
+    policy_loss = -torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
+    if ref_per_token_logps is None:
+        kl = torch.zeros_like(ratio)
+    else:
+        difference = (ref_per_token_logps - per_token_logps).masked_fill(~keep, 0.0)
+        kl = torch.exp(difference) - difference - 1.0
+    return {
+        "ratio": ratio,
+        "policy_loss": policy_loss,
+        "kl": kl,
+        "clipped_low": (ratio < low) & (advantages < 0) & keep,
+        "clipped_high": (ratio > high) & (advantages > 0) & keep,
+    }
+
+
+def grpo_loss(per_token_logps, old_per_token_logps, ref_per_token_logps, advantages, completion_mask, *, beta=0.04,
+              epsilon=0.2, epsilon_high=None, loss_type="token", num_items=None, max_completion_length=None):
+    """L = (1/N) sum over tokens of [ - min(ratio A, clip(ratio) A) + beta KL ], with N by `loss_type`.
+
+    per_token_logps, old, ref, completion_mask: (B, C); advantages: (B,) or (B, C). `old_per_token_logps=None` is
+    on-policy; `ref_per_token_logps=None` only with beta 0 (else ValueError).
+
+    | loss_type | each sequence | divided by |
+    | --- | --- | --- |
+    | token (DAPO)  | sum of its tokens  | `num_items`: completion tokens of the whole optimiser step (default: the mask's sum) |
+    | grpo          | mean of its tokens | `num_items`: completions of the whole step (default: B) |
+    | dr_grpo       | sum of its tokens  | `num_items` (default: B) times `max_completion_length` |
+    | bnpo          | sum of its tokens  | the mask's sum, always: local, so it depends on how the step is split |
+
+    Returns (loss, metrics); metrics are detached means over the mask's tokens: `kl`, `clip_ratio/low`, `clip_ratio/high`.
+    Source: method.md "Loss"; equal to TRL's values and gradients with its plain k3 KL.
+    """
+    if beta and ref_per_token_logps is None:
+        raise ValueError("beta is not 0, so ref_per_token_logps is needed")
+    if advantages.dim() == 1:
+        advantages = advantages[:, None]
+    terms = token_terms(per_token_logps, old_per_token_logps, ref_per_token_logps, advantages, completion_mask,
+                        epsilon=epsilon, epsilon_high=epsilon_high)
+    mask = completion_mask.to(per_token_logps.dtype)
+    per_token = (terms["policy_loss"] + beta * terms["kl"]) * mask
+    if loss_type in ("token", "bnpo"):
+        local = mask.sum().clamp(min=1)
+        loss = per_token.sum() / (local if num_items is None or loss_type == "bnpo" else num_items)
+    elif loss_type == "grpo":
+        loss = (per_token.sum(1) / mask.sum(1).clamp(min=1)).sum() / (num_items or len(mask))
+    elif loss_type == "dr_grpo":
+        if max_completion_length is None:
+            raise ValueError("loss_type dr_grpo needs max_completion_length")
+        loss = per_token.sum() / ((num_items or len(mask)) * max_completion_length)
+    else:
+        raise ValueError(f"unknown loss_type {loss_type!r}; known: token, grpo, dr_grpo, bnpo")
+    names = {"kl": "kl", "clip_ratio/low": "clipped_low", "clip_ratio/high": "clipped_high"}
+    metrics = {key: masked_mean(terms[name].detach(), mask) for key, name in names.items()}
+    return loss, metrics
+
+
+def masked_mean(values, mask):
+    """Mean of `values` where `mask` is 1; 0 for an empty mask. Both (B, C)."""
+    return (values * mask).sum() / mask.sum().clamp(min=1)

@@ -1,0 +1,173 @@
+"""What a run writes down: metrics.jsonl, rollouts.jsonl, one console line a step, and TensorBoard or W&B if asked for.
+
+Every line is one JSON object with a `step`. NaN and infinities become null, so that any JSON reader takes the files.
+"""
+
+import json
+import math
+import os
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+from tqdm import tqdm
+
+from hov2.config import ConfigError
+
+# What the console line shows, in this order, of the metrics that a step has: (metric, heading, format).
+CONSOLE = [
+    ("loss", "loss", "8.4f"),
+    ("reward", "reward", "6.3f"),
+    ("rewards/format/mean", "format", "5.2f"),
+    ("rewards/accuracy/mean", "accuracy", "5.2f"),
+    ("rewards/context/mean", "context", "5.2f"),
+    ("rewards/logic/mean", "logic", "5.2f"),
+    ("kl", "kl", "8.5f"),
+    ("completions/mean_length", "length", "6.1f"),
+    ("grad_norm", "grad", "7.3f"),
+    ("learning_rate", "lr", "8.2e"),
+    ("eval/accuracy", "eval", "6.3f"),
+]
+
+
+class MetricsLog:
+    """One line a step in `output_dir/metrics.jsonl`, on the console and in the trackers of `report_to`; rank 0 only.
+
+    A run that starts at `start_step` keeps the earlier steps' lines and cuts off the rest (0: all of them), so that a
+    resumed run's file equals an uninterrupted one's. Raises ConfigError for a tracker that isn't installed.
+    """
+
+    def __init__(self, output_dir, rank, report_to, total_steps, start_step=0):
+        self.total_steps, self.writes = total_steps, rank == 0
+        self.bar = tqdm(total=total_steps, initial=start_step, unit="step", disable=None if self.writes else True)
+        self.trackers = []
+        if self.writes:
+            self._file = _open_from(Path(output_dir) / "metrics.jsonl", start_step)
+            self.trackers = [_TRACKERS[name](output_dir) for name in report_to]
+
+    def write(self, step, metrics):
+        """Appends `{"step": step, **metrics}`; values are numbers, one-element tensors or arrays, None or text."""
+        if not self.writes:
+            return
+        metrics = _plain(metrics)
+        self._file.write(_line({"step": step, **metrics}))
+        numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
+        for tracker in self.trackers:
+            tracker(step, numbers)
+        tqdm.write(console_line(step, self.total_steps, numbers))
+        self.bar.update(step + 1 - self.bar.n)
+
+    def close(self):
+        """Ends the progress bar and the file."""
+        self.bar.close()
+        if self.writes:
+            self._file.close()
+
+
+class RolloutDump:
+    """Appends records, one JSON line each, to `output_dir/rollouts.jsonl`; only rank 0 writes.
+
+    A record needs a `step`; the loop gathers those of the other ranks. Lines of `start_step` and later are cut off as
+    in MetricsLog.
+    """
+
+    def __init__(self, output_dir, rank, start_step=0):
+        self._file = _open_from(Path(output_dir) / "rollouts.jsonl", start_step) if rank == 0 else None
+
+    def write(self, records):
+        """Writes `records`, a list of dicts (tensors in them become lists)."""
+        if self._file is not None:
+            self._file.writelines(_line(_plain(record)) for record in records)
+            self._file.flush()
+
+
+class Timer:
+    """Adds up the seconds of named parts of a step: `with timer("rollout"): ...`, then `timer.pop()`.
+
+    Wall time of this process; work that a GPU still has queued counts where it is waited for.
+    """
+
+    def __init__(self):
+        self._seconds = {}
+
+    @contextmanager
+    def __call__(self, name):
+        """Times one block under `name`, added to earlier blocks of that name."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def pop(self):
+        """`{"time/<name>": seconds}` since the last pop."""
+        seconds, self._seconds = self._seconds, {}
+        return {f"time/{name}": value for name, value in seconds.items()}
+
+
+def console_line(step, total_steps, metrics):
+    """`step 12/300 | reward  1.250 | ...`: the same columns for every step of a run, of equal width."""
+    cells = [f"{heading} {metrics[name]:{form}}" for name, heading, form in CONSOLE if name in metrics]
+    return " | ".join([f"step {step:>{len(str(total_steps))}}/{total_steps}", *cells])
+
+
+def _open_from(path, start_step):
+    """`path` opened for appending (flushed at each line), with only the lines of steps before `start_step` in it.
+
+    Lines that are no JSON are the end of a write that was cut off; they go too.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        kept = path.with_suffix(".tmp")
+        with path.open(encoding="utf-8") as old, kept.open("w", encoding="utf-8") as new:
+            new.writelines(line for line in old if _step(line) < start_step)
+        os.replace(kept, path)
+    return path.open("a", encoding="utf-8", buffering=1)
+
+
+def _step(line):
+    try:
+        return json.loads(line)["step"]
+    except json.JSONDecodeError:
+        return math.inf
+
+
+def _line(record):
+    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _plain(value):
+    """`value` as JSON takes it: tensors and arrays to numbers or lists, NaN and infinities to None."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _tensorboard(output_dir):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ConfigError("report_to: tensorboard is not installed (pip install tensorboard)") from None
+    writer = SummaryWriter(str(Path(output_dir) / "tensorboard"))
+
+    def track(step, metrics):
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, step)
+
+    return track
+
+
+def _wandb(output_dir):
+    try:
+        import wandb
+    except ImportError:
+        raise ConfigError("report_to: wandb is not installed (pip install wandb)") from None
+    run = wandb.init(project="hov2", name=Path(output_dir).name, dir=str(output_dir))
+    return lambda step, metrics: run.log(metrics, step=step)
+
+
+_TRACKERS = {"tensorboard": _tensorboard, "wandb": _wandb}

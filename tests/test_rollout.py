@@ -1,0 +1,112 @@
+"""Decoding: the tokens and log-probs of the shared cache are those of the plain model, alone or beside other prompts."""
+
+import torch
+from helpers import tiny_thinker, tiny_tokenizer
+from modelkit import random_inputs, random_prompts, use_hov2_attention
+
+from hov2.model import Encoder
+from hov2.prefix import group_logps
+from hov2.rollout import _sample, generate, make_generator, sampling_for
+
+
+def settings(thinker, **kwargs):
+    kwargs = {"max_completion_length": 20} | kwargs
+    return sampling_for(tiny_tokenizer(), thinker.config, **kwargs)
+
+
+def generators(count, step=0):
+    return [make_generator("cpu", 0, step, i) for i in range(count)]
+
+
+def peaked_thinker():
+    """A tiny thinker that is sure of itself, and ends a turn now and then."""
+    thinker = use_hov2_attention(tiny_thinker())
+    with torch.no_grad():
+        thinker.lm_head.weight *= 20
+        thinker.lm_head.weight[thinker.config.text_config.eos_token_id] *= 2.0
+    return thinker
+
+
+def test_greedy_equals_transformers_generate():
+    thinker = use_hov2_attention(tiny_thinker())
+    inputs = random_inputs()
+    prompt = Encoder(thinker, torch.device("cpu"))(inputs)
+    ours = generate(thinker, [prompt], 2, settings(thinker, temperature=0.0), generators(1))[0]
+    media = [thinker.config.image_token_id, thinker.config.video_token_id, thinker.config.audio_token_id]
+    ids = inputs.prompt_ids[None]
+    theirs = thinker.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values_videos=inputs.pixel_values,
+        video_grid_thw=inputs.shape.grid_thw, video_second_per_grid=torch.tensor([inputs.shape.second_per_grid]),
+        input_features=inputs.mel[None], feature_attention_mask=torch.ones(1, inputs.mel.shape[1], dtype=torch.long),
+        do_sample=False, max_new_tokens=20, suppress_tokens=media, eos_token_id=settings(thinker).stop_ids)[0, len(ids[0]):]
+    n = len(theirs)
+    assert len(set(theirs.tolist())) > 3
+    assert ours.completion_ids[0, :n].tolist() == theirs.tolist() == ours.completion_ids[1, :n].tolist()
+
+
+def test_sampler_log_probs_equal_teacher_forced_ones():
+    thinker = use_hov2_attention(tiny_thinker())
+    with torch.no_grad():
+        thinker.lm_head.weight *= 10  # far from uniform
+    prompts = random_prompts(thinker, 2)
+    for top_k in (0, 5):
+        rollouts = generate(thinker, prompts, 4, settings(thinker, temperature=0.9, top_k=top_k), generators(2))
+        logps, _ = group_logps(thinker, prompts, [r.completion_ids for r in rollouts], temperature=0.9)
+        for rollout, expected in zip(rollouts, logps):
+            assert rollout.completion_mask.sum() > 20
+            torch.testing.assert_close(rollout.sampling_logps * rollout.completion_mask, expected * rollout.completion_mask,
+                                       atol=2e-5, rtol=0)
+
+
+def test_a_prompt_gets_the_same_tokens_alone_and_beside_others():
+    thinker = peaked_thinker()
+    prompts = random_prompts(thinker, 3)
+    together = generate(thinker, prompts, 4, settings(thinker, max_completion_length=40), generators(3))
+    lengths = {int(r.completion_mask.sum(1)[g]) for r in together for g in range(4)}
+    assert len(lengths) > 2 and min(lengths) < 17, "rows should leave at different times"
+    for i, prompt in enumerate(prompts):
+        alone = generate(thinker, [prompt], 4, settings(thinker, max_completion_length=40), generators(3)[i:])[0]
+        assert alone.completion_ids.tolist() == together[i].completion_ids.tolist()
+
+
+def test_mask_ends_with_the_first_stop_token():
+    thinker = peaked_thinker()
+    stops = settings(thinker).stop_ids
+    for rollout in generate(thinker, random_prompts(thinker, 3), 4, settings(thinker, max_completion_length=40), generators(3)):
+        for ids, mask, cut in zip(rollout.completion_ids.tolist(), rollout.completion_mask.tolist(), rollout.truncated.tolist()):
+            n = sum(mask)
+            assert mask == [True] * n + [False] * (len(mask) - n)
+            assert not any(i in stops for i in ids[:n - 1])
+            assert (ids[n - 1] in stops) != cut
+
+
+def test_media_placeholders_and_unknown_rows_are_never_sampled():
+    thinker = use_hov2_attention(tiny_thinker(vocab=420))
+    sampling = settings(thinker, temperature=5.0)
+    config = thinker.config
+    forbidden = {config.image_token_id, config.video_token_id, config.audio_token_id, *range(len(tiny_tokenizer()), 420)}
+    assert set(sampling.suppressed_ids.tolist()) == forbidden
+    logits = torch.zeros(5000, 420)
+    tokens, _ = _sample(logits, sampling, sampling.suppressed_ids, generators(1), [5000])
+    assert forbidden.isdisjoint(tokens.tolist()) and len(set(tokens.tolist())) > 300
+
+
+def test_sampling_follows_top_k_top_p_and_temperature():
+    thinker = use_hov2_attention(tiny_thinker())
+    probs = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    logits = probs.log().repeat(40000, 1)
+
+    def shares(**kwargs):
+        tokens, _ = _sample(logits, settings(thinker, **kwargs), torch.tensor([], dtype=torch.long), generators(1), [40000])
+        return torch.bincount(tokens, minlength=4) / 40000
+
+    torch.testing.assert_close(shares(), probs, atol=0.01, rtol=0)
+    torch.testing.assert_close(shares(top_k=2), torch.tensor([0.625, 0.375, 0, 0]), atol=0.01, rtol=0)
+    torch.testing.assert_close(shares(top_p=0.7), torch.tensor([0.625, 0.375, 0, 0]), atol=0.01, rtol=0)
+    torch.testing.assert_close(shares(top_p=0.4), torch.tensor([1.0, 0, 0, 0]), atol=0, rtol=0)
+    torch.testing.assert_close(shares(temperature=0.5), probs**2 / (probs**2).sum(), atol=0.01, rtol=0)
+
+
+def test_seed_step_and_sample_decide_the_draws():
+    draws = {key: make_generator("cpu", *key).initial_seed() for key in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)]}
+    assert len(set(draws.values())) == 4 and draws[0, 1, 0] == make_generator("cpu", 0, 1, 0).initial_seed()
