@@ -89,6 +89,7 @@ class TrainConfig(BaseConfig):
     eval_data: list[Source] = field(default_factory=list)
     eval_steps: int = 0  # 0: never
     eval_max_new_tokens: int = 2048
+    eval_batch_size: int = 8  # questions decoded together on one rank
     save_steps: int = 0  # 0: only at the end
     resume: bool = False  # continue from the newest checkpoint in output_dir
     report_to: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)

@@ -107,11 +107,10 @@ def shard(policy, device, dtype, frozen):
 
 @contextmanager
 def unsharded(policy):
-    """Inside, the first forward pass gathers each layer and keeps it, so decoding needs no collective; resharded after.
-
-    Every rank has to run at least one forward pass inside, and then as many as it likes.
-    """
+    """Inside, every rank holds all weights, so that decoding needs no collective and no rank waits for another."""
     policy.set_reshard_after_forward(False)  # recursive
+    for module in _units(policy):
+        module.unshard()
     try:
         yield
     finally:
@@ -122,6 +121,34 @@ def unsharded(policy):
 
 def reshard(policy):
     """Gives back all gathered weights, the root's too."""
-    for module in policy.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    for module in _units(policy):
+        module.reshard()
+
+
+def _units(policy):
+    return [module for module in policy.modules() if isinstance(module, FSDPModule)]
+
+
+class Means:
+    """Running means over a step, its micro-batches and all ranks; NaN values are left out."""
+
+    def __init__(self):
+        self._sums = {}
+
+    def add(self, name, values, weight=1.0):
+        """Adds a number, or each present number of a tensor or list; `weight` counts each."""
+        values = torch.as_tensor(values, dtype=torch.float32).detach().flatten()
+        present = ~values.isnan()
+        total, count = self._sums.get(name, (0.0, 0.0))
+        self._sums[name] = (total + values[present].sum() * weight, count + present.sum() * weight)
+
+    def reduce(self):
+        """{name: mean over all ranks}, the same on every rank; NaN where nothing was present. Starts anew."""
+        mine = {name: (float(total), float(count)) for name, (total, count) in self._sums.items()}
+        self._sums = {}
+        sums = {}
+        for of_rank in gather_objects(mine):
+            for name, (total, count) in of_rank.items():
+                before = sums.get(name, (0.0, 0.0))
+                sums[name] = (before[0] + total, before[1] + count)
+        return {name: total / count if count else float("nan") for name, (total, count) in sums.items()}

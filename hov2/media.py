@@ -1,16 +1,17 @@
 """Media files in, tensors out: what happens between a clip on disk and the towers' inputs.
 
-`read_media` goes through a file once and returns evenly spaced frames and mono sound; `patchify` and `log_mel` turn these
-into what Qwen2.5-Omni's vision and audio towers take. Frame choice and sizes are those of qwen-omni-utils 0.0.9, so that
-a clip gives the tokens it gave in the released training; pixels and sound differ from it only by rounding.
+`read_media` goes through a file once and returns evenly spaced frames and mono sound; `patchify` and `log_mel` turn
+these into what Qwen2.5-Omni's vision and audio towers take. Frame choice and sizes are those of qwen-omni-utils 0.0.9;
+pixels and sound differ from what it reads by less than one can see or hear.
 
-What is left as the reference leaves it: frame 0 and sample 0 are the first in the file, whatever their time stamps say;
-frames are chosen by number, not by time; pixel aspect ratios, EXIF orientation and mirrored display matrices are ignored.
+As there, frame 0 and sample 0 are the first in the file, whatever their time stamps say; frames are chosen by number, not
+by time; pixel aspect ratios, EXIF orientation and mirrored display matrices are ignored.
 """
 
 import functools
 import math
 import os
+import re
 import stat
 import warnings
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import torch
 from av.error import FFmpegError
 from av.stream import Disposition
 from torch.nn.functional import interpolate
+from transformers import WhisperFeatureExtractor
 
 PATCH = 14  # pixels, each way
 MERGE = 2  # patches, each way, that become one token
@@ -61,21 +63,21 @@ class Media:
 def read_media(path, *, fps=2.0, max_frames=32, min_pixels=4 * 28 * 28, max_pixels=128 * 28 * 28, sample_rate=16000):
     """Reads a local video, sound or image file into a Media.
 
-    A video gives frames and, if it has sound, audio; a sound file (cover art or not) only audio; an image one frame. Of an
-    animated GIF, WebP or PNG, the first frame is the image. A video of one frame gives that frame twice. Of several
+    A video gives frames and, if it has sound, audio; a sound file (cover art or not) only audio; an image one frame. Of
+    an animated GIF, WebP or PNG, the first frame is the image. A video of one frame gives that frame twice. Of several
     streams of a kind, the first is read.
 
-    Frames are decoded to RGB at their own size, turned as the file's display matrix says and resized in uint8. PNG pixels
-    (before resizing) are those of Pillow, with RGBA on white; a JPEG with full colour is within 3 levels of Pillow's and
-    one with halved colour (4:2:0) at 34 dB or more, as colour is scaled up in another way. Sound is the mean of the
+    Frames are decoded to RGB at their own size, turned as the file's display matrix says and resized in uint8. Images,
+    before resizing, are what Pillow makes of them, with RGBA on white: PNG, GIF, BMP and lossless WebP exactly, JPEG and
+    lossy WebP within 4 levels (a PNG's colour key, which Pillow ignores, becomes white). Sound is the mean of the
     channels, then resampled. The compressed video is held in memory while it's read.
 
-    A file that ends early, or has up to 1 % undecodable video packets or any undecodable sound, is used as far as it goes,
-    with a warning that names it; frames are then chosen among those that can be decoded. A truncated file is only noticed
-    if its header counts the frames or its last packet is incomplete.
+    A file that ends early, or has up to 1 % undecodable video packets or any undecodable sound, is used as far as it
+    goes, with a warning that names it; frames are then chosen among those that can be decoded. A file cut off is only
+    noticed where the header says how much there should be (MP4, AVI, Matroska, WebM). A damaged image is refused.
 
     Raises MediaError for anything that can't be used: a missing, empty or unreadable file, a URL, a playlist, a file that
-    is not media, one without picture and sound, one too damaged, an image more than 200 times as wide as high.
+    is not media, one without picture and sound, one too damaged, a picture more than 200 times as wide as high.
     """
     path = os.fspath(path)
     _check_file(path)
@@ -94,7 +96,7 @@ def read_media(path, *, fps=2.0, max_frames=32, min_pixels=4 * 28 * 28, max_pixe
         if not video and not audio:
             raise MediaError(path, "no video, sound or image that can be decoded")
         size = functools.partial(_size, path, min_pixels, max_pixels)
-        if video and (name in _STILLS or name.endswith("_pipe") or video.disposition & Disposition.still_image):
+        if video and (name in _STILLS or name.endswith("_pipe") or container.metadata.get("major_brand") == "avif"):
             return Media(_read_image(path, container, video, size), None, None)
         packets, sound = _demux(path, container, video, audio)
         frames, sample_fps = _Video(path, video, packets, size).read(fps, max_frames) if video else (None, None)
@@ -105,8 +107,11 @@ def read_media(path, *, fps=2.0, max_frames=32, min_pixels=4 * 28 * 28, max_pixe
 
 
 def smart_resize(height, width, *, factor=28, min_pixels, max_pixels):
-    """The size, in multiples of `factor`, nearest to the given one with `min_pixels` to `max_pixels` pixels and about the
-    same aspect. Returns (height, width); ValueError if one side is more than 200 times the other. From Qwen2-VL."""
+    """The size (height, width), in multiples of `factor`, that is nearest with `min_pixels` to `max_pixels` pixels.
+
+    From Qwen2-VL, where a thin picture can get a side of 0; here it gets `factor`, and may so be above `max_pixels`.
+    Raises ValueError if one side is more than 200 times the other.
+    """
     if max(height, width) / min(height, width) > MAX_ASPECT:
         raise ValueError(f"{width}x{height} pixels: one side is more than {MAX_ASPECT} times the other")
     h, w = (max(factor, round(side / factor) * factor) for side in (height, width))
@@ -120,9 +125,12 @@ def smart_resize(height, width, *, factor=28, min_pixels, max_pixels):
 
 
 def frame_indices(total, video_fps, fps, max_frames):
-    """Which of `total` frames at `video_fps` to keep for `fps` frames a second: an even number of indices, first and last
-    frame included, at least 4 (if there are that many) and at most `max_frames`; [0, 0] for a single frame. As
-    qwen-omni-utils, which refuses a single frame. ValueError if `total` < 1 or `max_frames` < 2."""
+    """Which of `total` frames at `video_fps` to keep for `fps` frames a second.
+
+    An even number of indices, first and last frame included: at least 4 (if there are that many), at most `max_frames`.
+    As qwen-omni-utils, but for a single frame, which it refuses and which gives [0, 0] here. Raises ValueError if `total`
+    is less than 1 or `max_frames` less than 2.
+    """
     if total < 1 or max_frames < TEMPORAL:
         raise ValueError(f"can't choose frames: {total} in the video, at most {max_frames} wanted")
     if total == 1:
@@ -155,12 +163,14 @@ def patchify(frames):
 def log_mel(audio):
     """Sound, float32 (N,) at 16 kHz, as log-mel float32 (128, F) with F = ceil(N / 160).
 
-    The same numbers, bit for bit, as WhisperFeatureExtractor's first F frames after padding to 300 s, without the 15 MB
-    and the half second that padding costs: a window is 400 samples, so zeros for one more window are enough.
+    The same numbers, bit for bit, as the first F frames of WhisperFeatureExtractor with its padding to 300 s, without the
+    15 MB and the half second that this costs: a window is 400 samples, so zeros for one more window are enough.
     """
     extractor = _whisper()
     hop, window, length = extractor.hop_length, extractor.n_fft, len(audio)
-    padded = torch.cat([audio, audio.new_zeros(-length % hop + window)])
+    # at least a second: with fewer than 10 frames the matrix products would round in another way
+    zeros = max(-length % hop + window, extractor.sampling_rate - length)
+    padded = torch.cat([audio, audio.new_zeros(zeros)])
     features = extractor(padded.numpy(), sampling_rate=extractor.sampling_rate, padding=True, truncation=False,
                          return_attention_mask=True, return_tensors="pt")["input_features"][0]
     return features[:, : math.ceil(length / hop)]
@@ -168,8 +178,6 @@ def log_mel(audio):
 
 @functools.lru_cache(maxsize=1)
 def _whisper():
-    from transformers import WhisperFeatureExtractor  # here, as it takes seconds and reading files doesn't need it
-
     return WhisperFeatureExtractor(feature_size=128, sampling_rate=16000, hop_length=160, n_fft=400,
                                    chunk_length=MAX_AUDIO_SECONDS, dither=0.0)
 
@@ -197,20 +205,40 @@ def _size(path, min_pixels, max_pixels, picture):
 
 def _demux(path, container, video, audio):
     """One pass over the file: the video's packets, still compressed, and the sound, decoded as it passes."""
+    streams = [s for s in (video, audio) if s]
     packets, sound = [], _Sound(audio) if audio else None
+    counts, end, problem = {s.index: 0 for s in streams}, 0.0, None
     try:
-        for packet in container.demux([s for s in (video, audio) if s]):
+        for packet in container.demux(streams):
+            counts[packet.stream_index] += 1
+            if packet.pts is not None:
+                end = max(end, float(packet.pts * packet.time_base))
             if packet.size == 0:  # "repeat the last frame" of AVI and Theora, and PyAV's end mark; decoders refuse it
                 continue
-            if packet.stream_index == (video.index if video else None):
+            if video and packet.stream_index == video.index:
                 packets.append(packet)
             else:
                 sound.feed(packet)
     except FFmpegError as error:
-        warnings.warn(f"{path}: ends early ({error.strerror}); using what is there", stacklevel=3)
+        problem = f"can't be read to its end ({error.strerror})"
+    problem = problem or _shortage(container, streams, counts, end)
+    if problem:
+        warnings.warn(f"{path}: {problem}; using what is there", stacklevel=3)
     if sound:
         sound.feed(None)
     return packets, sound
+
+
+def _shortage(container, streams, counts, end):
+    """In words, what the header promises beyond what is in the file (None: nothing); `end` in seconds."""
+    name = container.format.name
+    for stream in streams:  # `counts` has PyAV's end mark too: one more than there are, as some AVI headers count
+        if stream.frames > counts[stream.index] and (stream.type == "video" or name.startswith("mov")):
+            return f"{counts[stream.index] - 1} {stream.type} packets where the header counts {stream.frames}"
+    promised = (container.duration or 0) / av.time_base
+    if name.startswith("matroska") and end < 0.95 * promised - 1:
+        return f"ends at {end:.1f} s where the header says {promised:.1f} s"
+    return None
 
 
 def _decode(codec, packets, errors):
@@ -239,9 +267,6 @@ class _Video:
             raise MediaError(self.path, "the video holds no frames")
         if not self.fps:
             raise MediaError(self.path, "the video has no frame rate")
-        if self.stream.frames > len(self.packets) + 1 or self.packets[-1].is_corrupt:
-            of = f" of {self.stream.frames}" if self.stream.frames else ""
-            warnings.warn(f"{self.path}: truncated: {len(self.packets)}{of} frames; using what is there", stacklevel=4)
         shown = [i for i, packet in enumerate(self.packets) if not packet.is_discard]  # discard: cut by an edit list
         stamps = [self.packets[i].pts for i in shown]
         if shown and None not in stamps and len(set(stamps)) == len(stamps):
@@ -290,8 +315,8 @@ class _Video:
 def _runs(packets, wanted):
     """The ranges (start, stop) of `packets` to decode for those `wanted` (positions), in order and not overlapping.
 
-    Each starts at a keyframe that's neither decoded nor shown after the wanted frame: an open group of pictures has frames
-    that come after its keyframe in the file, are shown before it and lean on the group before.
+    Each starts at a keyframe that's neither decoded nor shown after the wanted frame: an open group of pictures has
+    frames that come after its keyframe in the file, are shown before it and lean on the group before.
     """
     keys = [i for i, packet in enumerate(packets) if packet.is_keyframe and packet.pts is not None]
     runs = []
@@ -309,16 +334,19 @@ def _resize(picture, size):
 
 
 def _read_image(path, container, stream, size):
+    stream.codec_context.options = {"err_detect": "explode"}  # or half a JPEG is an image without a word
     errors = []
-    packets = (packet for packet in container.demux(stream) if packet.size)
     try:
-        frame = next(_decode(stream.codec_context, packets, errors), None)
+        frame = next(_decode(stream.codec_context, [p for p in container.demux(stream) if p.size], errors), None)
     except FFmpegError as error:
         raise MediaError(path, f"corrupt image ({error.strerror})") from None
     if frame is None:
         raise MediaError(path, f"corrupt image ({errors[0].strerror})" if errors else "the image holds no pixels")
+    # colour halved by JPEG or WebP, scaled up as libjpeg does it: 56 dB from Pillow where going to RGB at once has 24-46
+    full = re.sub(r"^(yuva?j?)4\d\d", r"\g<1>444", frame.format.name)
+    frame = frame.reformat(format=full, interpolation="BILINEAR")
     alpha = [c for c in frame.format.components if c.is_alpha]
-    # Pillow puts RGBA on white and drops the alpha of grey or palette images; the "alpha" of a JPEG is CMYK's black
+    # RGBA goes on white; alpha of grey or palette images is dropped as by Pillow; a JPEG's "alpha" is CMYK's black
     if alpha and len(frame.format.components) == 4 and stream.codec_context.name != "mjpeg":
         pixels = frame.to_ndarray(format="rgba").astype(np.uint32)
         alpha = pixels[..., 3:]
@@ -345,7 +373,7 @@ class _Sound:
         if self.rate and self.length >= MAX_AUDIO_SECONDS * self.rate:
             self.cut += float(packet.duration * packet.time_base) if packet and packet.duration else 0.0
             return
-        self.packets += 1
+        self.packets += packet is not None
         try:
             frames = self.codec.decode(packet)
         except FFmpegError:
@@ -388,11 +416,9 @@ def _resample(samples, rate, target):
     if rate == target:
         return samples
     graph = av.filter.Graph()
-    source = graph.add_abuffer(sample_rate=rate, format="flt", layout="mono", time_base=av.time_base)
+    source = graph.add_abuffer(sample_rate=rate, format="flt", layout="mono")
     sink = graph.add("abuffersink")
-    source.link_to(resampler := graph.add("aresample", f"{target}:{_KAISER}"))
-    resampler.link_to(sink)
-    graph.configure()
+    graph.link_nodes(source, graph.add("aresample", f"{target}:{_KAISER}"), sink).configure()
     frame = av.AudioFrame.from_ndarray(samples[None], "flt", "mono")
     frame.sample_rate = rate
     source.push(frame)
@@ -403,5 +429,6 @@ def _resample(samples, rate, target):
             blocks.append(sink.pull().to_ndarray()[0])
         except (EOFError, BlockingIOError):
             break
-    result = np.concatenate(blocks)[: -(-len(samples) * target // rate)]
-    return np.pad(result, (0, -(-len(samples) * target // rate) - len(result)))
+    length = -(-len(samples) * target // rate)
+    result = np.concatenate(blocks)[:length]
+    return np.pad(result, (0, length - len(result)))

@@ -15,8 +15,9 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoTokenizer, Qwen2_5OmniThinkerForConditionalGeneration
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.utils import cached_file
 
-from hov2.distributed import rank_zero_first
+from hov2.distributed import compute_dtype, rank_zero_first, shard
 
 ATTENTION = "hov2"  # our name in transformers' attention interface
 
@@ -74,6 +75,18 @@ def load_thinker(name, dtype, towers=True):
     return thinker
 
 
+def load_policy(config, device, trained=True):
+    """The config's model as a sharded Policy: float32 weights where they are trained, else in the compute type.
+
+    The reference model (`trained=False`) has no towers and no gradients.
+    """
+    dtype = compute_dtype(config.dtype, device)
+    thinker = load_thinker(config.model, torch.float32 if trained else dtype, towers=trained)
+    if not trained:
+        thinker.requires_grad_(False)
+    return shard(Policy(thinker).eval(), device, dtype, tower_parameters(thinker))
+
+
 def load_tokenizer(name):
     """The tokenizer beside the model (a folder or a hub id)."""
     with rank_zero_first():
@@ -81,6 +94,11 @@ def load_tokenizer(name):
             return AutoTokenizer.from_pretrained(name)
         except OSError as error:
             raise ModelError(_explain(name)) from error
+
+
+def source_folder(name):
+    """The folder of a model's files: `name` itself, or where the hub's files were put."""
+    return Path(name) if Path(name).is_dir() else Path(cached_file(name, "config.json")).parent
 
 
 def _explain(name):

@@ -28,13 +28,22 @@ def learning_rate(update, total_updates, peak, schedule="linear", warmup_steps=0
     return peak
 
 
-def set_learning_rate(optimizer, value):
-    """Gives all parameter groups this learning rate."""
-    for group in optimizer.param_groups:
-        group["lr"] = value
-
-
 def clip_gradients(policy, max_norm):
     """Clips the gradients' global norm to `max_norm`; returns the norm before clipping, a plain tensor."""
     norm = torch.nn.utils.clip_grad_norm_([p for p in policy.parameters() if p.requires_grad], max_norm)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def update(policy, optimizer, rate, max_grad_norm, where):
+    """Clips, steps and clears the gradients; returns the norm before clipping.
+
+    Raises FloatingPointError, on all ranks alike, when the norm is not finite; `where` names the step.
+    """
+    norm = clip_gradients(policy, max_grad_norm)
+    if not torch.isfinite(norm):
+        raise FloatingPointError(f"{where}: the gradient's norm is {norm.item()}; nothing was updated")
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm

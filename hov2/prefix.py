@@ -111,15 +111,36 @@ def group_logps(thinker, prompts, completions, temperature=1.0, chunk=128):
     the log-probs carry gradients, the entropies don't. The first completion token is predicted by the prompt's last one,
     for all G alike.
     """
-    row = pack(prompts, completions)
-    embeds = embed(thinker, row.ids, row.visual, row.audio)
-    hidden = decode(thinker, embeds[None], row.position_ids[:, None], packed_attention(row.segments))[0]  # (L, D)
+    hidden, row = _hidden(thinker, prompts, completions)
     sources = torch.cat([_predictors(s) for s in row.segments]).to(hidden.device)
     targets = torch.cat([c.reshape(-1) for c in completions])
     logps, entropy = chunked_token_logps(hidden[sources], thinker.lm_head.weight, targets, temperature, chunk)
     sizes = [c.numel() for c in completions]
     shaped = [[part.view_as(c) for part, c in zip(x.split(sizes), completions)] for x in (logps, entropy)]
     return shaped[0], shaped[1]
+
+
+def conversation_logps(thinker, prompts, completions, chunk=128):
+    """Log-probs of every text token of the conversations, prompts included: one (tokens,) tensor for each prompt.
+
+    completions: (1, C) each. Left out are the first token, which nothing predicts, and the media tokens: as the released
+    SFT code does.
+    """
+    hidden, row = _hidden(thinker, prompts, completions)
+    config = thinker.config
+    media = torch.tensor([config.image_token_id, config.video_token_id, config.audio_token_id], device=row.ids.device)
+    targets = [torch.arange(s.start + 1, s.end, device=row.ids.device) for s in row.segments]
+    targets = [t[~torch.isin(row.ids[t], media)] for t in targets]
+    places = torch.cat(targets)
+    logps, _ = chunked_token_logps(hidden[places - 1], thinker.lm_head.weight, row.ids[places], 1.0, chunk)
+    return logps.split([len(t) for t in targets])
+
+
+def _hidden(thinker, prompts, completions):
+    """The decoder's last hidden states (L, D) of the packed row, and the row."""
+    row = pack(prompts, completions)
+    embeds = embed(thinker, row.ids, row.visual, row.audio)
+    return decode(thinker, embeds[None], row.position_ids[:, None], packed_attention(row.segments))[0], row
 
 
 def _predictors(segment):

@@ -5,6 +5,7 @@ that a tag has no fixed token ids. Everything here works on the tokens' exact by
 ASCII, hence safe to search in UTF-8) are found in the bytes, and byte offsets are mapped back to tokens.
 """
 
+import codecs
 import weakref
 from bisect import bisect_left, bisect_right
 from itertools import accumulate
@@ -74,6 +75,28 @@ def token_bytes_of(tokenizer, ids):
         _TABLES[tokenizer] = _byte_table(tokenizer)
     table = _TABLES[tokenizer]
     return [table.get(int(i), b"") for i in ids]
+
+
+def text_offsets(token_bytes):
+    """The tokens' text, and after how many of its characters each token ends: (text, list of ints).
+
+    A character whose bytes lie in several tokens counts for the last of them; bytes that are no UTF-8 become U+FFFD.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    pieces = [decoder.decode(token) for token in token_bytes]
+    ends = list(accumulate(map(len, pieces)))
+    text = "".join(pieces) + decoder.decode(b"", final=True)
+    return text, ends[:-1] + [len(text)] if ends else []
+
+
+def completion_tokens(tokenizer, rollout):
+    """The tokens of each completion of a `rollout.Rollout` up to its end, as bytes: a list for each of the G rows."""
+    return [token_bytes_of(tokenizer, ids[mask].tolist()) for ids, mask in zip(rollout.completion_ids, rollout.completion_mask)]
+
+
+def completion_texts(token_bytes, truncated):
+    """Each completion's text, without the end-of-turn token that stands last unless the completion was cut off."""
+    return [text_offsets(tokens if cut else tokens[:-1])[0] for tokens, cut in zip(token_bytes, truncated.tolist())]
 
 
 def _ends(token_bytes):

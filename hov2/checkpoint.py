@@ -1,0 +1,120 @@
+"""Checkpoints to resume from, and exports to use elsewhere.
+
+`checkpoint-N/` holds the trained weights and the optimiser's state, sharded (torch.distributed.checkpoint), and
+`state.json` with what the loop needs to go on: the number of steps done and the loader's position. Random numbers need no
+state: they come from (seed, step, sample). A checkpoint is written under another name and renamed when it is complete.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+
+from hov2.distributed import barrier, rank
+from hov2.model import source_folder
+
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
+
+
+def save_checkpoint(output_dir, step, policy, optimizer, state):
+    """Writes `output_dir/checkpoint-{step}`; all ranks call it. `state` is a small JSON-able dict."""
+    folder = Path(output_dir) / f"checkpoint-{step}"
+    unfinished = folder.with_suffix(".unfinished")
+    if rank() == 0:
+        for old in (folder, unfinished):
+            shutil.rmtree(old, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        (unfinished / "state.json").write_text(json.dumps(state))
+    barrier()
+    model, optim = get_state_dict(policy, optimizer, options=TRAINED)
+    dcp.save({"model": model, "optim": optim}, checkpoint_id=unfinished)
+    barrier()
+    if rank() == 0:
+        unfinished.rename(folder)
+    barrier()
+
+
+def newest_checkpoint(output_dir):
+    """The finished checkpoint with the most steps in `output_dir`, or None."""
+    found = [p for p in Path(output_dir).glob("checkpoint-*") if p.suffix != ".unfinished"]
+    return max(found, key=lambda p: int(p.name.split("-")[1]), default=None)
+
+
+def load_checkpoint(folder, policy, optimizer):
+    """Loads weights and optimiser state in place, on any number of ranks; returns the saved `state`."""
+    model, optim = get_state_dict(policy, optimizer, options=TRAINED)  # also makes the optimiser's state to load into
+    dcp.load({"model": model, "optim": optim}, checkpoint_id=folder)
+    set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=optim, options=TRAINED)
+    return json.loads((Path(folder) / "state.json").read_text())
+
+
+def save_if_due(config, steps_done, steps, policy, optimizer, loader, held_out):
+    """A checkpoint after every `save_steps` steps and after the last one."""
+    if steps_done == steps or (config.save_steps and steps_done % config.save_steps == 0):
+        state = {"step": steps_done, "loader": loader.state_dict(), "best": held_out.best}
+        save_checkpoint(config.output_dir, steps_done, policy, optimizer, state)
+
+
+def resume(config, policy, optimizer, loader, held_out):
+    """With `config.resume`, takes up the newest checkpoint of `output_dir`; returns the number of steps done."""
+    folder = newest_checkpoint(config.output_dir) if config.resume else None
+    if folder is None:
+        return 0
+    state = load_checkpoint(folder, policy, optimizer)
+    loader.load_state_dict(state["loader"])
+    held_out.best = state["best"]
+    if rank() == 0:
+        print(f"resumed from {folder}", flush=True)
+    return state["step"]
+
+
+def export(policy, folder, name, dtype):
+    """Writes the policy as a Hugging Face folder like the one it came from: what went in comes out.
+
+    `name` is the model that the run began with. A thinker gives a thinker's folder; a full Qwen2.5-Omni checkpoint gives
+    a full one, its talker and vocoder copied. Weights are written as `dtype`; tokenizer and other small files are
+    copied. All ranks call it.
+    """
+    folder, source = Path(folder), source_folder(name)
+    full = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if rank() == 0:
+        weights = {key.removeprefix("thinker."): value.to(dtype) for key, value in full.items()}
+        shutil.rmtree(folder, ignore_errors=True)
+        if is_full_omni(source):
+            _write_into_full(weights, folder, source)
+        else:
+            policy.thinker.save_pretrained(folder, state_dict=weights)
+        for path in source.iterdir():
+            if path.is_file() and not path.name.endswith((".safetensors", ".index.json", ".bin")) and not (folder / path.name).exists():
+                shutil.copy(path, folder / path.name)
+    barrier()
+
+
+def is_full_omni(folder):
+    """Whether the folder holds a full Qwen2.5-Omni (thinker, talker, vocoder) rather than a thinker."""
+    return json.loads((Path(folder) / "config.json").read_text())["model_type"] == "qwen2_5_omni"
+
+
+def hub_key(name):
+    """A thinker parameter's name in the published checkpoints: `model.language_model.X` is `model.X` there, and so on."""
+    for inside, outside in (("model.language_model.", "model."), ("model.visual.", "visual."), ("model.audio_tower.", "audio_tower.")):
+        if name.startswith(inside):
+            return outside + name.removeprefix(inside)
+    return name
+
+
+def _write_into_full(weights, folder, source):
+    """Copies the full checkpoint file by file, with the thinker's tensors replaced."""
+    folder.mkdir(parents=True)
+    left = {f"thinker.{hub_key(name)}": value for name, value in weights.items()}
+    for path in sorted(source.glob("*.safetensors")):
+        tensors = load_file(path)
+        tensors.update({key: left.pop(key).contiguous() for key in list(left) if key in tensors})
+        save_file(tensors, folder / path.name, metadata={"format": "pt"})
+    if left:
+        raise ValueError(f"{source}: the checkpoint has no place for {next(iter(left))}")
+    for index in source.glob("*.index.json"):
+        shutil.copy(index, folder / index.name)

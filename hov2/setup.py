@@ -1,0 +1,58 @@
+"""What the three scripts have in common before their loops begin: processes, model, words, judge, samples to inputs."""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from hov2 import distributed
+from hov2.config import BaseConfig, save_config
+from hov2.data import make_inputs
+from hov2.judge import Judge
+from hov2.model import Encoder, Policy, load_policy, load_tokenizer
+from hov2.prompts import load_prompts
+
+
+@dataclass
+class Run:
+    """The parts that a script works with. `make(sample) -> Inputs`; `encoder(inputs) -> Prompt`."""
+
+    config: BaseConfig
+    device: torch.device
+    policy: Policy
+    tokenizer: object
+    make: object
+    encoder: Encoder
+    judge: Judge | None
+
+
+def start(config, device):
+    """Loads everything that `config` names, checks that its judge can be reached, and writes the resolved config.
+
+    `device` is from `distributed.setup`. Raises the parts' own errors: ModelError, JudgeError, PromptsError.
+    """
+    prompts = load_prompts(config.prompts)
+    judge = None
+    if config.judge is not None:
+        judge = Judge(config.judge, prompts)
+        judge.check()
+    if distributed.rank() == 0:
+        save_config(config, config.output_dir)
+    tokenizer = load_tokenizer(config.model)
+    policy = load_policy(config, device)
+    encoder = Encoder(policy.thinker, device, config.encoding_cache)
+    make = functools.partial(make_inputs, tokenizer=tokenizer, prompts=prompts, media_config=config.media,
+                             max_prompt_length=config.max_prompt_length, on_long_prompt=config.on_long_prompt, known=encoder.known)
+    return Run(config, device, policy, tokenizer, make, encoder, judge)
+
+
+def say(text):
+    """Prints on rank 0."""
+    if distributed.rank() == 0:
+        print(text, flush=True)
+
+
+def report_derived(title, numbers):
+    """Prints the numbers that follow from a config, before the first step, so that a wrong one is seen at once."""
+    width = max(map(len, numbers))
+    say("\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in numbers.items())]))

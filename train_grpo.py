@@ -1,0 +1,282 @@
+"""GRPO, stages 2 and 3 of HumanOmniV2: sample groups of completions, score them, reinforce what beats its group's mean.
+
+    torchrun --standalone --nproc_per_node 8 train_grpo.py configs/stage2.json
+    torchrun --standalone --nproc_per_node 2 train_grpo.py                     the embedded toy, on a laptop's CPU
+    python train_grpo.py configs/stage2.json num_generations=4 max_steps=100   overrides, one process
+
+One step, and the loop in `main` has the same headings:
+
+1. Prompts      every rank takes whole prompts, so that no group's statistics cross ranks; media are encoded once
+2. Rollout      G completions of each prompt, sampled from the policy as it is now
+3. Judge        all scores are asked for at once over HTTP, while the next point computes
+4. Reference    log-probs under the model that this stage began with, for the KL term
+5. Rewards      format and accuracy by rule, context and logic by judge; what could not be had is NaN, never 0
+6. Advantages   each reward minus its group's mean, laid on the tokens that this reward's judge has seen
+7. Update       `num_iterations` times: clipped policy gradient + KL over one global count of tokens
+8. Log          metrics, rollouts with every token's credit, held-out accuracy, checkpoint
+
+Unlike PPO there is no value network: the group's mean is the baseline. Unlike plain GRPO the advantage differs from token
+to token, the loss is summed over the tokens of the whole step, and the KL weight falls during training. The math is in
+hov2/grpo.py and nowhere else.
+"""
+
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from hov2 import distributed, optim, toy
+from hov2.checkpoint import export, resume, save_if_due
+from hov2.config import GRPOConfig, config_from_argv
+from hov2.data import PromptOrder, Sample, StepLoader, read_samples
+from hov2.evaluation import HeldOut
+from hov2.grpo import apply_gate, credit, full_reward, grpo_loss, kl_coef, masked_mean, reward_advantages, token_terms
+from hov2.log import MetricsLog, RolloutDump, Timer
+from hov2.model import Prompt, load_policy, set_training
+from hov2.prefix import group_logps
+from hov2.rollout import Rollout, generate, make_generator, sampling_for
+from hov2.scoring import Scorer
+from hov2.setup import report_derived, say, start
+from hov2.spans import completion_texts, completion_tokens, find_block, span_masks, text_offsets
+
+
+@dataclass
+class Group:
+    """G completions of one prompt, and what a step finds out about them; C completion tokens."""
+
+    index: int  # of the sample in the data
+    sample: Sample
+    prompt: Prompt
+    rollout: Rollout = None
+    token_bytes: list = None  # G lists of bytes, one a token of the completion
+    texts: list = None  # G strings, without the end-of-turn token
+    mask: torch.Tensor = None  # (G, C): tokens that count in the loss
+    scores: dict = None  # reward name -> G scoring.Score
+    credits: dict = None  # reach ("full", "context", "logic") -> (G, C)
+    ref_logps: torch.Tensor = None  # (G, C)
+    old_logps: torch.Tensor = None  # (G, C), of the first update's own forward pass
+    logps: torch.Tensor = None  # (G, C), of the latest update
+
+    @property
+    def advantages(self):
+        """The advantage of each token, the sum of its credits: (G, C)."""
+        return sum(self.credits.values())
+
+
+def main(config):
+    """Trains for the config's steps, then exports the model to `output_dir/model`."""
+    device = distributed.setup()
+    with distributed.rank_zero_first():
+        toy.prepare(config)  # builds the toy's world for the toy's configs, and nothing for others
+    run = start(config, device)
+    policy = run.policy
+    reference = load_policy(config, device, trained=False) if config.beta else None
+    optimizer = optim.make_optimizer(policy, config)
+    samples = read_samples(config.data, config.seed)
+    order = PromptOrder(len(samples), config.prompts_per_step, config.seed)
+    loader = StepLoader(samples, run.make, order, distributed.rank(), distributed.world_size(),
+                        max_bad_samples=config.max_bad_samples)
+    held_out = HeldOut(run)
+    steps = order.total_steps(config.num_train_epochs, config.max_steps)
+    first = resume(config, policy, optimizer, loader, held_out)
+    log = MetricsLog(config.output_dir, distributed.rank(), config.report_to, steps, first)
+    dump = RolloutDump(config.output_dir, distributed.rank(), first)
+    scorer, timer, means = Scorer(run.judge, config.format), Timer(), distributed.Means()
+    sampling = sampling_for(run.tokenizer, policy.thinker.config, max_completion_length=config.max_completion_length,
+                            temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
+    report(config, samples, steps)
+
+    for step in range(first, steps):
+        # --- 1. Prompts: whole prompts of this rank, each clip through the towers once --------------------------------
+        with timer("data"):
+            groups = [Group(index, sample, run.encoder(inputs)) for index, sample, inputs in loader.next_step(step)]
+
+        # --- 2. Rollout: G completions of each prompt -----------------------------------------------------------------
+        with timer("rollout"):
+            set_training(policy, False, config.gradient_checkpointing)
+            sample_completions(run, groups, sampling, step)
+            set_training(policy, True, config.gradient_checkpointing)
+
+        # --- 3. Judge: every score of the step is on its way before the next forward pass -----------------------------
+        pending = [{name: [scorer.submit(name, text, g.sample) for text in g.texts] for name in config.reward_weights}
+                   for g in groups]
+
+        # --- 4. Reference: log-probs under the stage's first model, without gradient ----------------------------------
+        n = config.per_device_train_batch_size
+        batches = [groups[i:i + n] for i in range(0, len(groups), n)]
+        with timer("logps"):
+            reference_logps(reference, batches, config)
+
+        # --- 5. Rewards: (groups, G) for each name, NaN where missing -------------------------------------------------
+        with timer("judge"):
+            for group, of_group in zip(groups, pending):
+                group.scores = {name: [score.result() for score in scores] for name, scores in of_group.items()}
+        rewards = {name: torch.tensor([[score.number for score in group.scores[name]] for group in groups])
+                   for name in config.reward_weights}
+        log_rewards(means, groups, rewards, config)
+        if config.gate_threshold is not None:
+            rewards = apply_gate(rewards, config.gate_threshold)
+
+        # --- 6. Advantages: which reward reaches which token ----------------------------------------------------------
+        advantages = reward_advantages(rewards, config.reward_weights, scale_rewards=config.scale_rewards,
+                                       credit=config.credit)
+        for i, group in enumerate(groups):
+            masks = completion_masks(group, config.credit)
+            group.credits = {name: credit({name: of_groups[i].to(device)}, masks) for name, of_groups in advantages.items()}
+
+        # --- 7. Update: the same rollouts, num_iterations times -------------------------------------------------------
+        num_items = items_of_step(groups, config)
+        with timer("update"):
+            for iteration in range(config.num_iterations):
+                update, updates = step * config.num_iterations + iteration, steps * config.num_iterations
+                beta = kl_coef(update, updates, config.beta)
+                rate = optim.learning_rate(update, updates, config.learning_rate, config.lr_scheduler, config.warmup_steps)
+                for batch in batches:
+                    policy.set_requires_gradient_sync(batch is batches[-1])
+                    logps, entropies = forward(policy, batch, config)
+                    losses = []
+                    for group, new, entropy in zip(batch, logps, entropies):
+                        if iteration == 0:
+                            group.old_logps = new.detach()  # exact, and without a pass of its own
+                        loss, metrics = grpo_loss(
+                            new, group.old_logps, group.ref_logps, group.advantages, group.mask, beta=beta,
+                            epsilon=config.epsilon, epsilon_high=config.epsilon_high, loss_type=config.loss_type,
+                            num_items=num_items, max_completion_length=config.max_completion_length)
+                        group.logps = new.detach()
+                        losses.append(loss / config.prompts_per_step if config.loss_type == "bnpo" else loss)
+                        log_update(means, group, metrics | {"entropy": masked_mean(entropy, group.mask)})
+                    loss = sum(losses) * distributed.world_size()  # FSDP averages gradients over ranks; ours is a sum
+                    loss.backward()
+                    means.add("loss", loss, len(batches))
+                grad_norm = optim.update(policy, optimizer, rate, config.max_grad_norm, where=f"step {step}")
+
+        # --- 8. Log: metrics, rollouts, held-out questions, checkpoint ------------------------------------------------
+        if config.dump_every and step % config.dump_every == 0:
+            dump.write(sum(distributed.gather_objects([dump_record(step, group, config) for group in groups]), []))
+        metrics = means.reduce() | {"beta": beta, "learning_rate": rate, "grad_norm": grad_norm,
+                                    "prompts/replaced": len(loader.replaced)}
+        log.write(step, metrics | scorer.stats() | held_out.after(step + 1, steps) | timer.pop())
+        save_if_due(config, step + 1, steps, policy, optimizer, loader, held_out)
+
+    export(policy, f"{config.output_dir}/model", config.model, distributed.compute_dtype(config.dtype, device))
+    log.close()
+    say(f"model: {config.output_dir}/model")
+    distributed.cleanup()
+
+
+def report(config, samples, steps):
+    """Prints what follows from the config, before the first step, so that a wrong number is seen at once."""
+    world = distributed.world_size()
+    report_derived("GRPO", {
+        "samples": len(samples),
+        "steps x iterations": f"{steps} x {config.num_iterations}",
+        "prompts a step": f"{config.prompts_per_step} ({config.prompts_per_step // world} a rank, {world} ranks)",
+        "gradient accumulation": -(-config.prompts_per_step // world // config.per_device_train_batch_size),
+        "completions a step": config.prompts_per_step * config.num_generations,
+        "completion tokens a step": f"at most {config.prompts_per_step * config.num_generations * config.max_completion_length}",
+        "rewards": ", ".join(f"{name} x {weight:g}" for name, weight in config.reward_weights.items()),
+    })
+
+
+def sample_completions(run, groups, sampling, step):
+    """Fills each group's rollout, texts and tokens. Random numbers come from (seed, step, sample)."""
+    config = run.config
+    generators = [make_generator(run.device, config.seed, step, group.index) for group in groups]
+    with torch.no_grad(), distributed.unsharded(run.policy):  # weights gathered once: decoding talks to no other rank
+        rollouts = run.policy(generate, [group.prompt for group in groups], config.num_generations, sampling, generators)
+    for group, rollout in zip(groups, rollouts):
+        group.rollout = rollout
+        group.token_bytes = completion_tokens(run.tokenizer, rollout)
+        group.texts = completion_texts(group.token_bytes, rollout.truncated)
+        kept = ~rollout.truncated if config.mask_truncated_completions else torch.ones_like(rollout.truncated)
+        group.mask = rollout.completion_mask & kept[:, None]
+
+
+def forward(policy, batch, config):
+    """Log-probs and entropies of a batch of groups' completions under `policy`: two lists of (G, C)."""
+    return policy(group_logps, [group.prompt for group in batch], [group.rollout.completion_ids for group in batch],
+                  config.temperature, config.logprob_chunk)
+
+
+@torch.no_grad()
+def reference_logps(reference, batches, config):
+    """Fills each group's reference log-probs; nothing to do without a reference (beta 0)."""
+    if reference is None:
+        return
+    for batch in batches:
+        logps, _ = forward(reference, batch, config)
+        for group, of_group in zip(batch, logps):
+            group.ref_logps = of_group
+    distributed.reshard(reference)
+
+
+def completion_masks(group, rule):
+    """For each reach, which tokens it covers: {"full", "context", "logic"} of (G, C), zero on padding."""
+    rows = [span_masks(tokens, rule) for tokens in group.token_bytes]
+    width, device = group.mask.shape[1], group.mask.device
+    return {name: torch.stack([torch.nn.functional.pad(row[name], (0, width - len(row[name]))) for row in rows]).to(device)
+            for name in rows[0]}
+
+
+def items_of_step(groups, config):
+    """What the loss is divided by: the whole step's completion tokens (`token`), or its completions."""
+    if config.loss_type != "token":
+        return config.prompts_per_step * config.num_generations
+    return distributed.global_sum(sum(group.mask.sum() for group in groups)).clamp(min=1)
+
+
+def log_rewards(means, groups, rewards, config):
+    """The metrics of rollouts and rewards."""
+    full = full_reward(rewards, config.reward_weights)
+    means.add("reward", full)
+    for row in full:
+        present = row[~row.isnan()]
+        if len(present) > 1:
+            means.add("reward_std", present.std())
+            means.add("frac_reward_zero_std", float(present.std() == 0))
+    for name, values in rewards.items():
+        means.add(f"rewards/{name}/mean", values)
+        means.add(f"rewards/{name}/missing", [[score.missing for score in group.scores[name]] for group in groups])
+    for group in groups:
+        means.add("completions/mean_length", group.rollout.completion_mask.sum(1))
+        means.add("completions/clipped_ratio", group.rollout.truncated)
+        for tag in ("context", "think"):
+            means.add(f"spans/{tag}_found", [find_block(text, tag) is not None for text in group.texts])
+
+
+def log_update(means, group, metrics):
+    """The metrics of one group's loss, weighted by its tokens."""
+    for name, value in metrics.items():
+        means.add(name, value, group.mask.sum())
+
+
+def dump_record(step, group, config):
+    """One line of rollouts.jsonl: the prompt's sample, and each completion with all that happened to its tokens."""
+    terms = token_terms(group.logps, group.old_logps, group.ref_logps, group.advantages, group.mask, epsilon=config.epsilon,
+                        epsilon_high=config.epsilon_high)
+    per_token = {"logp": group.logps, "old_logp": group.old_logps, "ref_logp": group.ref_logps, "ratio": terms["ratio"],
+                 "kl": terms["kl"], "clipped": terms["clipped_low"] | terms["clipped_high"]}
+    per_token |= {f"credit/{name}": values for name, values in group.credits.items()}
+    completions = []
+    for g, tokens in enumerate(group.token_bytes):
+        text, ends = text_offsets(tokens)
+        completions.append({
+            "text": text, "token_ends": ends, "token_ids": group.rollout.completion_ids[g, :len(tokens)].tolist(),
+            "rewards": {name: scores[g].value for name, scores in group.scores.items()},
+            "judge_replies": {name: scores[g].raw for name, scores in group.scores.items() if scores[g].raw is not None},
+            "truncated": bool(group.rollout.truncated[g]),
+            "tokens": {name: rounded(values[g, :len(tokens)]) for name, values in per_token.items() if values is not None},
+        })
+    sample = group.sample
+    return {"step": step, "sample": sample.id, "index": group.index, "problem": sample.problem, "options": sample.options,
+            "problem_type": sample.problem_type, "solution": sample.solution, "media": sample.paths,
+            "prompt_tokens": len(group.prompt.ids), "completions": completions}
+
+
+def rounded(values):
+    """A tensor's values as plain numbers, floats to 5 places."""
+    return [round(v, 5) if isinstance(v, float) else v for v in values.tolist()]
+
+
+if __name__ == "__main__":
+    main(config_from_argv(GRPOConfig, sys.argv[1:], default="configs/toy/stage2.json"))

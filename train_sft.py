@@ -1,0 +1,110 @@
+"""SFT, stage 1 of HumanOmniV2: the cold start that teaches <context>, <think>, <answer> before any reinforcement.
+
+    torchrun --standalone --nproc_per_node 8 train_sft.py configs/stage1.json
+    torchrun --standalone --nproc_per_node 2 train_sft.py                      the embedded toy, on a laptop's CPU
+
+The loss is the mean negative log-probability of the assistant's tokens over the whole step, all ranks and accumulated
+batches together: one global count, so that the result doesn't depend on how the step is split.
+"""
+
+import sys
+
+import torch
+
+from hov2 import distributed, optim, toy
+from hov2.checkpoint import export, resume, save_if_due
+from hov2.config import SFTConfig, config_from_argv
+from hov2.data import PromptOrder, StepLoader, encode_solution, read_samples
+from hov2.evaluation import HeldOut
+from hov2.log import MetricsLog, Timer
+from hov2.model import set_training
+from hov2.prefix import conversation_logps, group_logps
+from hov2.setup import report_derived, say, start
+
+
+def main(config):
+    """Trains for the config's steps, then exports the model to `output_dir/model`."""
+    device = distributed.setup()
+    with distributed.rank_zero_first():
+        toy.prepare(config)  # builds the toy's world for the toy's configs, and nothing for others
+    run = start(config, device)
+    policy = run.policy
+    optimizer = optim.make_optimizer(policy, config)
+    samples = read_samples(config.data, config.seed)
+    order = PromptOrder(len(samples), config.samples_per_step, config.seed)
+    loader = StepLoader(samples, run.make, order, distributed.rank(), distributed.world_size(),
+                        max_bad_samples=config.max_bad_samples)
+    held_out = HeldOut(run)
+    steps = order.total_steps(config.num_train_epochs, config.max_steps)
+    first = resume(config, policy, optimizer, loader, held_out)
+    log = MetricsLog(config.output_dir, distributed.rank(), config.report_to, steps, first)
+    timer, means = Timer(), distributed.Means()
+    report(config, samples, steps)
+
+    for step in range(first, steps):
+        # --- Samples: prompts with their media encoded, and what the assistant should say -----------------------------
+        with timer("data"):
+            batch = [(run.encoder(inputs), encode_solution(sample, run.tokenizer)[None].to(device))
+                     for _, sample, inputs in loader.next_step(step)]
+
+        # --- Update: accumulate over this rank's batches --------------------------------------------------------------
+        set_training(policy, True, config.gradient_checkpointing)
+        with timer("update"):
+            num_items = distributed.global_sum(sum(count_labels(run, *item) for item in batch)).item()
+            n = config.per_device_train_batch_size
+            micro_batches = [batch[i:i + n] for i in range(0, len(batch), n)]
+            for micro_batch in micro_batches:
+                policy.set_requires_gradient_sync(micro_batch is micro_batches[-1])
+                logps = label_logps(policy, micro_batch, config)
+                loss = -logps.sum() / num_items * distributed.world_size()  # FSDP averages over ranks; ours is a sum
+                loss.backward()
+                means.add("loss", loss, len(micro_batches))
+            rate = optim.learning_rate(step, steps, config.learning_rate, config.lr_scheduler, config.warmup_steps)
+            grad_norm = optim.update(policy, optimizer, rate, config.max_grad_norm, where=f"step {step}")
+        set_training(policy, False, config.gradient_checkpointing)
+
+        # --- Log: metrics, held-out questions, checkpoint -------------------------------------------------------------
+        metrics = means.reduce()
+        metrics |= {"learning_rate": rate, "grad_norm": grad_norm, "tokens": num_items, "prompts/replaced": len(loader.replaced)}
+        log.write(step, metrics | held_out.after(step + 1, steps) | timer.pop())
+        save_if_due(config, step + 1, steps, policy, optimizer, loader, held_out)
+
+    export(policy, f"{config.output_dir}/model", config.model, distributed.compute_dtype(config.dtype, device))
+    log.close()
+    say(f"model: {config.output_dir}/model")
+    distributed.cleanup()
+
+
+def label_logps(policy, micro_batch, config):
+    """Log-probs of all tokens that are trained on in a few samples, one flat tensor."""
+    prompts, completions = map(list, zip(*micro_batch))
+    if config.train_on_prompt:
+        logps = policy(conversation_logps, prompts, completions, config.logprob_chunk)
+    else:
+        logps, _ = policy(group_logps, prompts, completions, 1.0, config.logprob_chunk)
+    return torch.cat([of_sample.flatten() for of_sample in logps])
+
+
+def count_labels(run, prompt, completion):
+    """How many tokens of one sample are trained on: the assistant's, with `train_on_prompt` all text tokens but the first."""
+    count = torch.tensor(completion.numel(), device=completion.device)
+    if run.config.train_on_prompt:
+        config = run.policy.thinker.config
+        media = torch.tensor([config.image_token_id, config.video_token_id, config.audio_token_id], device=completion.device)
+        count = count + (~torch.isin(prompt.ids[1:], media)).sum()
+    return count
+
+
+def report(config, samples, steps):
+    """Prints what follows from the config, before the first step, so that a wrong number is seen at once."""
+    world = distributed.world_size()
+    report_derived("SFT", {
+        "samples": len(samples),
+        "steps": steps,
+        "samples a step": f"{config.samples_per_step} ({config.samples_per_step // world} a rank, {world} ranks)",
+        "gradient accumulation": -(-config.samples_per_step // world // config.per_device_train_batch_size),
+    })
+
+
+if __name__ == "__main__":
+    main(config_from_argv(SFTConfig, sys.argv[1:], default="configs/toy/stage1.json"))
