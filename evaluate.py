@@ -25,6 +25,7 @@ def main(config):
     run = start(config, device)
     samples = read_samples(config.data, config.seed)
     evaluator = Evaluator(run, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size, temperature=config.temperature)
+    say(evaluator.scorer.note(samples))
     summary, records = evaluator.evaluate(samples)
     if distributed.rank() == 0:
         write_results(Path(config.output_dir), config, summary, records)

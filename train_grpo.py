@@ -82,6 +82,7 @@ def main(config):
     log = MetricsLog(config.output_dir, distributed.rank(), config.report_to, steps, first)
     dump = RolloutDump(config.output_dir, distributed.rank(), first)
     scorer, timer, means = Scorer(run.judge, config.format), Timer(), distributed.Means()
+    say(scorer.note(samples))
     sampling = sampling_for(run.tokenizer, policy.thinker.config, max_completion_length=config.max_completion_length,
                             temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
     report(config, samples, steps)
@@ -147,15 +148,18 @@ def main(config):
                         log_update(means, group, metrics | {"entropy": masked_mean(entropy, group.mask)})
                     loss = sum(losses) * distributed.world_size()  # FSDP averages gradients over ranks; ours is a sum
                     loss.backward()
-                    means.add("loss", loss, len(batches))
+                    means.add("loss", loss * len(batches))  # the mean over ranks and batches is then the step's loss
                 grad_norm = optim.update(policy, optimizer, rate, config.max_grad_norm, where=f"step {step}")
 
         # --- 8. Log: metrics, rollouts, held-out questions, checkpoint ------------------------------------------------
         if config.dump_every and step % config.dump_every == 0:
-            dump.write(sum(distributed.gather_objects([dump_record(step, group, config) for group in groups]), []))
+            for records in distributed.gather_objects([dump_record(step, group, config) for group in groups]):
+                dump.write(records)
+        for name, value in scorer.stats().items():
+            means.add(name, value)
         metrics = means.reduce() | {"beta": beta, "learning_rate": rate, "grad_norm": grad_norm,
                                     "prompts/replaced": len(loader.replaced)}
-        log.write(step, metrics | scorer.stats() | held_out.after(step + 1, steps) | timer.pop())
+        log.write(step, metrics | held_out.after(step + 1, steps) | timer.pop())
         save_if_due(config, step + 1, steps, policy, optimizer, loader, held_out)
 
     export(policy, f"{config.output_dir}/model", config.model, distributed.compute_dtype(config.dtype, device))

@@ -58,7 +58,7 @@ def main(config):
                 logps = label_logps(policy, micro_batch, config)
                 loss = -logps.sum() / num_items * distributed.world_size()  # FSDP averages over ranks; ours is a sum
                 loss.backward()
-                means.add("loss", loss, len(micro_batches))
+                means.add("loss", loss * len(micro_batches))  # the mean over ranks and batches is then the step's loss
             rate = optim.learning_rate(step, steps, config.learning_rate, config.lr_scheduler, config.warmup_steps)
             grad_norm = optim.update(policy, optimizer, rate, config.max_grad_norm, where=f"step {step}")
         set_training(policy, False, config.gradient_checkpointing)

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+REWARDS = ("format", "accuracy", "context", "logic")
+
 
 class ConfigError(ValueError):
     """A config that can't be used; the message names the file and the key and says what would be right."""
@@ -131,6 +133,22 @@ class GRPOConfig(TrainConfig):
     dump_every: int = 1  # steps between rollout dumps; 0: never
 
 
+    def __post_init__(self):
+        """Refuses combinations that can't train."""
+        unknown = [name for name in self.reward_weights if name not in REWARDS]
+        if unknown:
+            raise ConfigError(f"reward_weights: unknown reward {unknown[0]!r}; known: {', '.join(REWARDS)}")
+        if not {"format", "accuracy"} & set(self.reward_weights):
+            raise ConfigError("reward_weights: format or accuracy is needed, the rewards that reach every token")
+        judged = [name for name in ("context", "logic") if name in self.reward_weights]
+        if judged and self.judge is None:
+            raise ConfigError(f"reward_weights: {judged[0]!r} needs a judge; give one as `judge`, or leave it out")
+        if self.num_generations < 2:
+            raise ConfigError(f"num_generations: at least 2, a group needs something to compare with; got {self.num_generations}")
+        if self.temperature <= 0:
+            raise ConfigError(f"temperature: greater than 0, equal completions teach nothing; got {self.temperature}")
+
+
 @dataclass
 class EvalConfig(BaseConfig):
     """Evaluation: greedy answers, accuracy per problem type."""
@@ -202,7 +220,11 @@ def _build(cls, values, where):
                if f.name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
     if missing:
         raise ConfigError(f"{where}: missing key {missing[0]!r}")
-    return cls(**{key: _check(hints[key], value, f"{where}: {key}") for key, value in values.items()})
+    checked = {key: _check(hints[key], value, f"{where}: {key}") for key, value in values.items()}
+    try:
+        return cls(**checked)
+    except ConfigError as error:  # of __post_init__, which doesn't know the file
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def _check(kind, value, where):

@@ -28,6 +28,7 @@ class Evaluator:
     def __init__(self, run, *, max_new_tokens, batch_size, temperature=0.0):
         self.run, self.batch_size = run, batch_size
         self.scorer = Scorer(run.judge, evaluation=True)
+        self.scores = SCORES if run.judge else SCORES[:2]
         self.sampling = sampling_for(run.tokenizer, run.policy.thinker.config, max_completion_length=max_new_tokens,
                                      temperature=temperature)
 
@@ -60,9 +61,10 @@ class Evaluator:
         generators = [make_generator(run.device, run.config.seed, 0, i) for i in prompts]
         rollouts = run.policy(generate, list(prompts.values()), 1, self.sampling, generators)
         texts = [completion_texts(completion_tokens(run.tokenizer, r), r.truncated)[0] for r in rollouts]
-        pending = [[self.scorer.submit(name, text, samples[i]) for name in SCORES] for i, text in zip(prompts, texts)]
+        pending = [[self.scorer.submit(name, text, samples[i]) for name in self.scores] for i, text in zip(prompts, texts)]
         for i, rollout, text, scores in zip(prompts, rollouts, texts, pending):
-            records[i] = _record(samples[i], text, bool(rollout.truncated[0]), {n: s.result().value for n, s in zip(SCORES, scores)})
+            values = {name: score.result().value for name, score in zip(self.scores, scores)}
+            records[i] = _record(samples[i], text, bool(rollout.truncated[0]), values)
         return records
 
 
@@ -93,7 +95,7 @@ def _record(sample, text=None, truncated=None, scores=None, error=None):
     answer = None if text is None else answer_text(text)
     return {
         "id": sample.id, "source": sample.source, "problem": sample.problem, "problem_type": sample.problem_type,
-        "solution": sample.solution, "completion": text, "answer": answer, **(scores or dict.fromkeys(SCORES)),
+        "solution": sample.solution, "completion": text, "answer": answer, **(dict.fromkeys(SCORES) | (scores or {})),
         "no_answer": None if text is None else answer is None, "truncated": truncated, "error": error,
         "extra": sample.extra,
     }

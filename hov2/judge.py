@@ -1,8 +1,8 @@
 """The judge: scores by an OpenAI-compatible server, all of a step asked at once, none of them ever guessed.
 
-`submit` returns a future at once and a thread pool does the asking, so that HTTP overlaps with forward passes. A score that
-could not be had (server down, reply without a score) is None, never 0. Parsed scores, and nothing else, are kept in a
-folder of small files. Only the config is honoured: no proxies, no credentials from the environment, no redirects.
+`submit` returns a future at once and a thread pool does the asking, so that HTTP overlaps with forward passes. A score
+that could not be had (server down, reply without a score) is None, never 0. Parsed scores, and nothing else, are kept
+in a folder of small files. Only the config is honoured: no proxies, no credentials from the environment, no redirects.
 """
 
 import hashlib
@@ -26,9 +26,15 @@ from hov2.rewards import block_text, set_f1
 _MAX_TOKENS = 32  # of a reply: room for "The score is 4 out of 5"
 _MAX_DELAY = 30.0  # seconds between two tries, at most
 
-_NUMBER = re.compile(r"(?<![\w.,])(\d+(?:\.\d+)?)(?:\s*(?:/|out of|of)\s*(\d+(?:\.\d+)?))?(?![\w%]|[.,]\d)", re.IGNORECASE | re.ASCII)
+# A number, with what it is out of: "4", "4.5", "4/5", "4 (out of 5)". Not one of "4th", "4%", "4,5", "1.2.3".
+_NUMBER = re.compile(
+    r"(?<![\w.,])(\d+(?:\.\d+)?)(?:\s*(?:points?\s*)?\(?(?:/|out of|of)\s*(\d+(?:\.\d+)?))?(?![\w%]|[.,]\d)",
+    re.IGNORECASE | re.ASCII,
+)
 _NAMES_IT = re.compile(r"\b(?:score|rating|points?|pairs?|total|sum)\b", re.IGNORECASE)
-_DENIES = re.compile(r"[-−]\d|^[-−]|</?\w|\b(?:not|cannot|unable|error|than)\b|n['’]t\b", re.IGNORECASE)
+_ALONE = re.compile(rf"^[^\w\n]*{_NUMBER.pattern}[^\w\n]*$", re.IGNORECASE | re.ASCII | re.MULTILINE)
+_UNUSABLE = re.compile(r"[-−]\d|^[-−]|</?\w")  # negative numbers, ranges, markup
+_DENIED = re.compile(r"\b(?:not|no|cannot|unable|error|than)\b[^.\n]*$|n['’]t\b[^.\n]*$", re.IGNORECASE)
 
 
 class JudgeError(RuntimeError):
@@ -57,19 +63,19 @@ def parse_score(reply, maximum=5):
     """The number from 0 to `maximum` that `reply` states as its score, else None.
 
     "4", "4.5", "**4**", "Score: 4", "4/5", "score is 4 out of 5" are scores. None for a number out of range, another
-    denominator, two numbers that differ, a negative number, words that don't call the number a score, markup.
+    denominator, two numbers that differ, a negative number, markup, and words around it that don't call it a score.
     """
     text = re.sub(r"[*_`#]", "", reply).strip()
-    numbers = _NUMBER.findall(text)
-    rest = _NUMBER.sub(" ", text)
-    if not numbers or re.search(r"\d", rest) or _DENIES.search(text):
+    numbers = list(_NUMBER.finditer(text))
+    if not numbers or _UNUSABLE.search(text) or re.search(r"\d", _NUMBER.sub("", text)):
         return None
-    values = {float(value) for value, _ in numbers}
-    scales = {float(scale) for _, scale in numbers if scale}
-    if len(values) > 1 or not scales <= {float(maximum)} or max(values) > maximum:
+    values = {float(number[1]) for number in numbers}
+    scales = {float(number[2]) for number in numbers if number[2]}
+    if len(values) > 1 or max(values) > maximum or not scales <= {float(maximum)}:
         return None
-    named = scales or _NAMES_IT.search(rest) or not re.search(r"[^\W\d_]", rest)
-    return values.pop() if named else None
+    if any(_DENIED.search(text[: number.start()]) for number in numbers):
+        return None
+    return values.pop() if scales or _NAMES_IT.search(text) or _ALONE.search(text) else None
 
 
 def has_context(solution):
@@ -118,7 +124,9 @@ class Judge:
         reference, candidate = block_text(solution, "context"), block_text(completion, "context")
         if not reference:
             return _ready(JudgeReply(None))
-        return self.submit("context", reference=reference, candidate=candidate) if candidate else _ready(JudgeReply(0.0))
+        if not candidate:
+            return _ready(JudgeReply(0.0))
+        return self.submit("context", reference=reference, candidate=candidate)
 
     def submit_logic(self, completion):
         """The logic reward of a completion; 0 without a request if it has no context or no think block."""
@@ -145,11 +153,13 @@ class Judge:
         """Asks one small question; raises JudgeError if the server doesn't answer as one should."""
         reply = self._ask([{"role": "user", "content": "Reply with the number 5."}], parse=len)
         if reply.error:
-            raise JudgeError(f"no judge at {self._shown_url}: {reply.error}; judge.url is what /chat/completions is appended "
-                             "to, such as http://localhost:8000/v1, and judge.model the model's name there")  # fmt: skip
+            raise JudgeError(
+                f"no judge at {self._shown_url}: {reply.error}; judge.url is what /chat/completions is appended to, "
+                "such as http://localhost:8000/v1, and judge.model the model's name there"
+            )
 
     def stats(self):
-        """Counts since the last call: requests (cache hits are none), failures, failure_rate, latency (mean seconds)."""
+        """Since the last call: requests (cache hits are none), failures, failure_rate, latency (mean seconds)."""
         with self._lock:
             replies, self._replies = self._replies, []
         failures = sum(reply.error is not None for reply in replies)
@@ -208,10 +218,14 @@ class Judge:
             response = self._session().post(url, json=body, timeout=self.config.timeout, allow_redirects=False)
         except requests.Timeout:
             raise _TryAgain(f"no reply within {self.config.timeout:g} s") from None
+        except requests.exceptions.SSLError:
+            raise JudgeError("the TLS handshake failed") from None
         except requests.ConnectionError as failure:
-            raise _TryAgain("the connection was refused" if "refused" in str(failure) else "the connection broke") from None
+            raise _TryAgain(_connection_reason(str(failure))) from None
         except (requests.exceptions.ChunkedEncodingError, requests.exceptions.ContentDecodingError):
             raise _TryAgain("the reply broke off") from None
+        except requests.exceptions.InvalidURL:
+            raise JudgeError("not a valid URL") from None
         status = response.status_code
         if status in (408, 429) or status >= 500:
             raise _TryAgain(f"HTTP {status}", _seconds(response.headers.get("Retry-After", "")))
@@ -246,6 +260,11 @@ def _headers(api_key_env):
     if not key.isascii() or not key.isprintable():
         raise ValueError(f"judge.api_key_env: {api_key_env} holds characters that no HTTP header can carry")
     return {"Authorization": f"Bearer {key}"}
+
+
+def _connection_reason(text):
+    reasons = {"refused": "connection refused", "resolve": "no such host", "reset": "connection reset"}
+    return next((reason for word, reason in reasons.items() if word in text), "the connection failed")
 
 
 def _ready(reply):

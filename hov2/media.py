@@ -4,8 +4,8 @@
 these into what Qwen2.5-Omni's vision and audio towers take. Frame choice and sizes are those of qwen-omni-utils 0.0.9;
 pixels and sound differ from what it reads by less than one can see or hear.
 
-As there, frame 0 and sample 0 are the first in the file, whatever their time stamps say; frames are chosen by number, not
-by time; pixel aspect ratios, EXIF orientation and mirrored display matrices are ignored.
+As there, frame 0 and sample 0 are the first in the file, whatever their time stamps say; frames are chosen by number,
+not by time; pixel aspect ratios, EXIF orientation and mirrored display matrices are ignored.
 """
 
 import functools
@@ -68,16 +68,16 @@ def read_media(path, *, fps=2.0, max_frames=32, min_pixels=4 * 28 * 28, max_pixe
     streams of a kind, the first is read.
 
     Frames are decoded to RGB at their own size, turned as the file's display matrix says and resized in uint8. Images,
-    before resizing, are what Pillow makes of them, with RGBA on white: PNG, GIF, BMP and lossless WebP exactly, JPEG and
-    lossy WebP within 4 levels (a PNG's colour key, which Pillow ignores, becomes white). Sound is the mean of the
+    before resizing, are what Pillow makes of them, with RGBA on white: PNG, GIF, BMP and lossless WebP exactly, JPEG
+    and lossy WebP within 4 levels (a PNG's colour key, which Pillow ignores, becomes white). Sound is the mean of the
     channels, then resampled. The compressed video is held in memory while it's read.
 
     A file that ends early, or has up to 1 % undecodable video packets or any undecodable sound, is used as far as it
     goes, with a warning that names it; frames are then chosen among those that can be decoded. A file cut off is only
     noticed where the header says how much there should be (MP4, AVI, Matroska, WebM). A damaged image is refused.
 
-    Raises MediaError for anything that can't be used: a missing, empty or unreadable file, a URL, a playlist, a file that
-    is not media, one without picture and sound, one too damaged, a picture more than 200 times as wide as high.
+    Raises MediaError for anything that can't be used: a missing, empty or unreadable file, a URL, a playlist, a file
+    that is not media, one without picture and sound, one too damaged, a picture more than 200 times as wide as high.
     """
     path = os.fspath(path)
     _check_file(path)
@@ -128,8 +128,8 @@ def frame_indices(total, video_fps, fps, max_frames):
     """Which of `total` frames at `video_fps` to keep for `fps` frames a second.
 
     An even number of indices, first and last frame included: at least 4 (if there are that many), at most `max_frames`.
-    As qwen-omni-utils, but for a single frame, which it refuses and which gives [0, 0] here. Raises ValueError if `total`
-    is less than 1 or `max_frames` less than 2.
+    As qwen-omni-utils, but for a single frame, which it refuses and which gives [0, 0] here. Raises ValueError if
+    `total` is less than 1 or `max_frames` less than 2.
     """
     if total < 1 or max_frames < TEMPORAL:
         raise ValueError(f"can't choose frames: {total} in the video, at most {max_frames} wanted")
@@ -163,8 +163,8 @@ def patchify(frames):
 def log_mel(audio):
     """Sound, float32 (N,) at 16 kHz, as log-mel float32 (128, F) with F = ceil(N / 160).
 
-    The same numbers, bit for bit, as the first F frames of WhisperFeatureExtractor with its padding to 300 s, without the
-    15 MB and the half second that this costs: a window is 400 samples, so zeros for one more window are enough.
+    The same numbers, bit for bit, as the first F frames of WhisperFeatureExtractor with its padding to 300 s, without
+    the 15 MB and the half second that this costs: a window is 400 samples, so zeros for one more window are enough.
     """
     extractor = _whisper()
     hop, window, length = extractor.hop_length, extractor.n_fft, len(audio)
@@ -257,7 +257,7 @@ class _Video:
     def __init__(self, path, stream, packets, size):
         self.path, self.stream, self.packets, self.size = path, stream, packets, size
         self.codec = stream.codec_context
-        self.codec.thread_type = "AUTO"
+        self.codec.thread_type = "SLICE"  # threads by frame hide errors, and clips are read side by side anyway
         self.target = None  # (height, width), from the first frame seen
         self.fps = float(stream.average_rate or stream.guessed_rate or 0)
 
@@ -342,7 +342,7 @@ def _read_image(path, container, stream, size):
         raise MediaError(path, f"corrupt image ({error.strerror})") from None
     if frame is None:
         raise MediaError(path, f"corrupt image ({errors[0].strerror})" if errors else "the image holds no pixels")
-    # colour halved by JPEG or WebP, scaled up as libjpeg does it: 56 dB from Pillow where going to RGB at once has 24-46
+    # colour halved by JPEG or WebP, scaled up as libjpeg does it: 56 dB from Pillow, where RGB at once has 24-46
     full = re.sub(r"^(yuva?j?)4\d\d", r"\g<1>444", frame.format.name)
     frame = frame.reformat(format=full, interpolation="BILINEAR")
     alpha = [c for c in frame.format.components if c.is_alpha]

@@ -12,7 +12,12 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, AutoTokenizer, Qwen2_5OmniThinkerForConditionalGeneration
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoTokenizer,
+    Qwen2_5OmniThinkerForConditionalGeneration,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.utils import cached_file

@@ -115,9 +115,8 @@ def group_logps(thinker, prompts, completions, temperature=1.0, chunk=128):
     sources = torch.cat([_predictors(s) for s in row.segments]).to(hidden.device)
     targets = torch.cat([c.reshape(-1) for c in completions])
     logps, entropy = chunked_token_logps(hidden[sources], thinker.lm_head.weight, targets, temperature, chunk)
-    sizes = [c.numel() for c in completions]
-    shaped = [[part.view_as(c) for part, c in zip(x.split(sizes), completions)] for x in (logps, entropy)]
-    return shaped[0], shaped[1]
+    sizes = [c.numel() for c in completions]  # clone: FSDP wants no views as outputs
+    return tuple([part.view_as(c).clone() for part, c in zip(x.split(sizes), completions)] for x in (logps, entropy))
 
 
 def conversation_logps(thinker, prompts, completions, chunk=128):
@@ -133,7 +132,7 @@ def conversation_logps(thinker, prompts, completions, chunk=128):
     targets = [t[~torch.isin(row.ids[t], media)] for t in targets]
     places = torch.cat(targets)
     logps, _ = chunked_token_logps(hidden[places - 1], thinker.lm_head.weight, row.ids[places], 1.0, chunk)
-    return logps.split([len(t) for t in targets])
+    return [part.clone() for part in logps.split([len(t) for t in targets])]  # FSDP wants no views as outputs
 
 
 def _hidden(thinker, prompts, completions):

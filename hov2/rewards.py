@@ -115,12 +115,14 @@ _CAPITAL = r"(?:[B-HJ-Z]|A(?!\s+(?!(?:and|or|nor|is|was|because|since|as|but)\b)
 _ALONE = re.compile(rf"(?<![A-Za-z0-9'’.-])({_CAPITAL})", re.ASCII)
 # A letter that names an option: "B. sad", "b) sad", "(B) sad", "B: sad", "B - sad"; not the D of "D.C.".
 _LABEL = re.compile(r"\s*[\[(]?([A-Za-z])(?:[\])]|\s*[.:,;)](?!\w\.)|\s+[-–—]\s)", re.ASCII)
-# The later ones of a list: "A. sad, C. happy". `_SPACED` ones only where lists are the rule: "B. Take vitamin C. It helps".
+# The later ones of a list: "A. sad, C. happy"; `_SPACED` ones only where lists are the rule: "B. Take C. It helps".
 _LISTED = re.compile(r"(?:[,;/&\n]|\band\b)\s*[\[(]?([A-Za-z])[\])]?\s*[.:)](?=\s+\w|\w\w)", re.ASCII)
 _SPACED = re.compile(r"\s[\[(]?([A-Z])[\])]?\s*[.:)](?=\s+\w|\w\w)", re.ASCII)
 # An option whose words are about other options: "D. Both A and B".
 _ABOUT_OTHERS = re.compile(r"[\[(]?[A-Za-z]\s*[.:)]\s*(?:both\s+)?[A-Z]\s+(?:and|or)\s", re.IGNORECASE)
-_RUN = re.compile(rf"\s*[\[(]?{_CAPITAL}[\])]?(?:(?:\s*(?:[,;/&+]|\band\b|\bor\b))+\s*[\[(]?{_CAPITAL}[\])]?)+", re.ASCII)
+_RUN = re.compile(
+    rf"\s*[\[(]?{_CAPITAL}[\])]?(?:(?:\s*(?:[,;/&+]|\band\b|\bor\b))+\s*[\[(]?{_CAPITAL}[\])]?)+", re.ASCII
+)
 _LAST_SMALL = re.compile(r"\s*([a-z])\s*$", re.ASCII)
 _CUE = re.compile(
     r"\b(?:answer|option|choice|choose|select|pick)s?\b"

@@ -47,8 +47,8 @@ def start(config, device):
 
 
 def say(text):
-    """Prints on rank 0."""
-    if distributed.rank() == 0:
+    """Prints on rank 0; nothing for an empty text."""
+    if text and distributed.rank() == 0:
         print(text, flush=True)
 
 

@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from hov2.grpo import apply_gate, credit, full_reward, group_advantages, grpo_loss, kl_coef, reward_advantages, token_terms
+from hov2.grpo import (
+    apply_gate,
+    credit,
+    full_reward,
+    group_advantages,
+    grpo_loss,
+    kl_coef,
+    reward_advantages,
+    token_terms,
+)
 
 NAN = float("nan")
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "trl_grpo.json").read_text())
@@ -147,7 +156,7 @@ def test_accumulated_pieces_equal_one_batch(loss_type):
     logps, old, ref, advantages = (torch.randn(6, 5, generator=g, dtype=torch.float64) for _ in range(4))
     mask = (torch.arange(5) < torch.tensor([5, 1, 3, 2, 4, 5])[:, None]).double()
     items = mask.sum() if loss_type == "token" else 6
-    kwargs = dict(loss_type=loss_type, max_completion_length=7)
+    kwargs = {"loss_type": loss_type, "max_completion_length": 7}
     whole, _ = grpo_loss(logps, old, ref, advantages, mask, **kwargs)
     pieces = [grpo_loss(*(x[i:i + 2] for x in (logps, old, ref, advantages, mask)), num_items=items, **kwargs)[0] for i in (0, 2, 4)]
     torch.testing.assert_close(sum(pieces), whole)

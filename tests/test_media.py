@@ -201,7 +201,7 @@ def test_only_what_is_needed_is_decoded(tmp_path, monkeypatch):
     path = write_video(tmp_path / "long.mp4", count=400, options={"g": "10", "bf": "0"})
     fed = []
     decode = media._decode
-    monkeypatch.setattr(media, "_decode", lambda codec, packets, errors: fed.extend(packets) or decode(codec, packets, []))
+    monkeypatch.setattr(media, "_decode", lambda codec, packets, _: fed.extend(packets) or decode(codec, packets, []))
     assert len(read_media(path, max_frames=8).frames) == 8
     assert len(fed) <= 8 * 10
 
@@ -297,7 +297,8 @@ def test_sample_formats(fmt, codec, scale, zero, tmp_path):
 @pytest.mark.parametrize("rate", [8000, 11025, 22050, 44100, 48000])
 def test_resampling(rate, tmp_path):
     samples = tone(1000, rate, 1.2347)
-    audio = read_media(write_wav(tmp_path / "a.wav", samples[:, None], rate, fmt="flt", codec="pcm_f32le")).audio.numpy()
+    path = write_wav(tmp_path / "a.wav", samples[:, None], rate, fmt="flt", codec="pcm_f32le")
+    audio = read_media(path).audio.numpy()
     assert len(audio) == math.ceil(len(samples) * 16000 / rate)
     inner = slice(1600, -1600)
     assert snr(tone(1000, 16000, 1.3)[: len(audio)][inner], audio[inner]) > 75
@@ -478,7 +479,8 @@ def test_unusable_files(name, tmp_path):
 
 def test_unusable_paths(tmp_path):
     for path, reason in ((tmp_path / "missing.mp4", "no such file"), (tmp_path, "is a directory"),
-                         ("/dev/null", "not a regular file"), ("concat:a|b", "no such file"), ("a\0b", "can't be opened"),
+                         ("/dev/null", "not a regular file"), ("concat:a|b", "no such file"),
+                         ("a\0b", "can't be opened"),
                          ("http://127.0.0.1:9/a.mp4", "a URL; only local files are read")):
         with pytest.raises(MediaError) as caught:
             read_media(path)
@@ -557,7 +559,7 @@ def test_smart_resize_is_the_references():
         assert smart_resize(height, width, min_pixels=least, max_pixels=most) == tuple(expected)
     with pytest.raises(ValueError, match="200"):
         smart_resize(10, 2001, min_pixels=3136, max_pixels=100352)
-    assert smart_resize(28, 5000, min_pixels=3136, max_pixels=100352) == (28, 4228)  # where the reference gives height 0
+    assert smart_resize(28, 5000, min_pixels=3136, max_pixels=100352) == (28, 4228)  # the reference: 0
 
 
 def test_frame_indices_are_the_references():

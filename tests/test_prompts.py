@@ -10,15 +10,22 @@ from hov2.rewards import PROBLEM_TYPES, format_reward
 
 WORDS = {
     "system": "Be brief.",
-    "media": {"line": "Seen: {media}.", "video": "clip", "audio": "sound", "image": "picture", "video+audio": "clip with sound", "and": "+"},
+    "media": {
+        "line": "Seen: {media}.",
+        "video": "clip",
+        "audio": "sound",
+        "image": "picture",
+        "video+audio": "clip with sound",
+        "and": "+",
+    },
     "options": "Choose:\n{options}",
     "instructions": {"multiple choice": "One letter.", "numerical": "A number."},
 }
 
 
 def sample(**changes):
-    fields = {"problem": "Who?", "problem_type": "multiple choice", "options": ("A. he", "B. she"), "media_kinds": ["video", "audio"]}
-    return SimpleNamespace(**fields | changes)
+    fields = {"problem": "Who?", "problem_type": "multiple choice", "options": ("A. he", "B. she")}
+    return SimpleNamespace(**fields | {"media_kinds": ["video", "audio"]} | changes)
 
 
 def written(tmp_path, words):
@@ -57,7 +64,7 @@ def test_interleaved_sound_is_inside_the_video(prompts):
         ({"media_kinds": []}, "Who?\nChoose:\nA. he\nB. she\nOne letter."),
         ({"media_kinds": ["image", "audio"]}, "Seen: picture+sound.\nWho?\nChoose:\nA. he\nB. she\nOne letter."),
         ({"media_kinds": ["audio"], "options": None}, "Seen: sound.\nWho?\nOne letter."),
-        ({"media_kinds": ["image"], "problem_type": "numerical"}, "Seen: picture.\nWho?\nA number."),  # no choice type: no options
+        ({"media_kinds": ["image"], "problem_type": "numerical"}, "Seen: picture.\nWho?\nA number."),
         ({"media_kinds": [], "problem_type": "numerical", "problem": "{options} {x}?"}, "{options} {x}?\nA number."),
     ],
 )
@@ -75,6 +82,14 @@ def test_a_conversation_that_ends_with_the_assistant_ends_where_generation_would
     answered = [*chat, {"role": "assistant", "content": [{"type": "text", "text": "<answer>B</answer>"}]}]
     assert render(answered) == render(chat) + "<answer>B</answer><|im_end|>"
     assert render(chat, add_generation_prompt=False) == render(chat).removesuffix("<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("token", ["<|im_end|>", "<|VIDEO|>", "<|audio_bos|>"])
+def test_control_tokens_in_a_text_are_an_error(prompts, token):
+    for changes in ({"problem": f"Who {token}?"}, {"options": (token,)}):
+        with pytest.raises(ValueError, match="holds the control token") as error:
+            render(prompts.chat(sample(**changes)))
+        assert token in str(error.value)
 
 
 def test_default_words_cover_every_problem_type_and_ask_for_the_three_blocks():
@@ -123,7 +138,10 @@ def test_a_replacement_changes_only_its_words(tmp_path):
     ("words", "message"),
     [
         ({"sytem": "x"}, "unknown key 'sytem'; did you mean 'system'"),
-        ({"instructions": {"multiple choise": "x"}}, "instructions: unknown key 'multiple choise'; did you mean 'multiple choice'"),
+        (
+            {"instructions": {"multiple choise": "x"}},
+            "instructions: unknown key 'multiple choise'; did you mean 'multiple choice'",
+        ),
         ({"zzz": "x"}, "unknown key 'zzz'; known keys: system, media"),
         ({"system": 3}, "system: expected text, got int"),
         ({"system": None}, "system: expected text, got NoneType"),

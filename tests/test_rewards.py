@@ -23,7 +23,9 @@ GOLDEN = json.loads((Path(__file__).parent / "golden" / "reward_cases.json").rea
 
 
 def accuracy(problem_type, answer, reference, **keywords):
-    return accuracy_reward(f"<context>c</context><think>t</think><answer>{answer}</answer>", reference, problem_type, **keywords)
+    return accuracy_reward(
+        f"<context>c</context><think>t</think><answer>{answer}</answer>", reference, problem_type, **keywords
+    )
 
 
 @pytest.mark.parametrize("case", GOLDEN, ids=[f"{c['problem_type']}: {c['note'] or 'plain'}" for c in GOLDEN])
@@ -108,7 +110,8 @@ def test_no_answer_block_is_zero_in_training_and_the_whole_text_in_evaluation():
         assert accuracy_reward(text, "B", "multiple choice") == 0.0
         assert accuracy_reward(text, "B", "multiple choice", evaluation=True) == 1.0
     assert accuracy_reward("", "B", "multiple choice", evaluation=True) == 0.0
-    assert accuracy_reward("<answer></answer> B", "B", "multiple choice", evaluation=True) == 0.0  # it answered: nothing
+    empty = "<answer></answer> B"  # it answered: nothing
+    assert accuracy_reward(empty, "B", "multiple choice", evaluation=True) == 0.0
     both = "<answer>A</answer><answer>B</answer>"
     assert accuracy_reward(both, "B", "multiple choice", evaluation=True) == 0.0
 
@@ -119,24 +122,33 @@ def test_no_answer_block_is_zero_in_training_and_the_whole_text_in_evaluation():
 @pytest.mark.parametrize(
     ("text", "letters"),
     [
-        ("B", "B"), ("b", "B"), ("B.", "B"), ("(B)", "B"), ("B)", "B"), ("[B]", "B"), ("**B**", "B"), ("Ｂ", "B"), ("（Ｂ）", "B"),
-        ("B. A man", "B"), ("b. a man", "B"), ("B) A man", "B"), ("(B) A man", "B"), ("(B)A man", "B"), ("B: A man", "B"),
+        ("B", "B"), ("b", "B"), ("B.", "B"), ("(B)", "B"), ("B)", "B"), ("[B]", "B"), ("**B**", "B"), ("Ｂ", "B"),
+        ("（Ｂ）", "B"),
+        ("B. A man", "B"), ("b. a man", "B"), ("B) A man", "B"), ("(B) A man", "B"), ("(B)A man", "B"),
+        ("B: A man", "B"),
         ("B - A man", "B"), ("B.A man", "B"), ("**B.** A man", "B"), ('"B. sad"', "B"), ("$\\boxed{\\text{B}}$", "B"),
         ("A", "A"), ("a", "A"), ("A.", "A"), ("A. man", "A"), ("(a) man", "A"), ("A, the man", "A"),
-        ("The answer is B", "B"), ("The answer is B.", "B"), ("the answer is (b)", "B"), ("Answer: B", "B"), ("My answer is A", "A"),
-        ("The correct answer is option (B).", "B"), ("The answer is A because he smiles", "A"), ("I choose C, he is sad", "C"),
+        ("The answer is B", "B"), ("The answer is B.", "B"), ("the answer is (b)", "B"), ("Answer: B", "B"),
+        ("My answer is A", "A"),
+        ("The correct answer is option (B).", "B"), ("The answer is A because he smiles", "A"),
+        ("I choose C, he is sad", "C"),
         ("So the answer should be b.", "B"), ("Option B: he smiles", "B"), ("I think it is B", "B"), ("It's B.", "B"),
         ("答案是B", "B"), ("选B。", "B"),
-        ("A or B", "AB"), ("A and C", "AC"), ("A, C", "AC"), ("C,A", "AC"), ("A/B", "AB"), ("A & B", "AB"), ("A、C", "AC"), ("AC", "AC"),
-        ("A or C, I can't say", "AC"), ("A. happy, C. sad", "AC"), ("A. happy\nC. sad", "AC"), ("a) happy; c) sad", "AC"),
+        ("A or B", "AB"), ("A and C", "AC"), ("A, C", "AC"), ("C,A", "AC"), ("A/B", "AB"), ("A & B", "AB"),
+        ("A、C", "AC"), ("AC", "AC"),
+        ("A or C, I can't say", "AC"), ("A. happy, C. sad", "AC"), ("A. happy\nC. sad", "AC"),
+        ("a) happy; c) sad", "AC"),
         ("The answer is A. No, the answer is B", "AB"), ("B. The answer is A", "AB"), ("It is B or C", "BC"),
         # letters that choose nothing
         ("A man is sad", ""), ("A man", ""), ("a man", ""), ("The answer is a man", ""), ("The answer is A man", ""),
-        ("I think so", ""), ("nothing", ""), ("", ""), ("...", ""), ("BAD news", ""), ("T-shirt", ""), ("U.S. army", ""), ("I'd say", ""),
+        ("I think so", ""), ("nothing", ""), ("", ""), ("...", ""), ("BAD news", ""), ("T-shirt", ""),
+        ("U.S. army", ""), ("I'd say", ""),
         ("The answer is not B", ""), ("It isn't B", ""), ("Neither A nor B", ""), ("B is not the answer", ""),
         # letters inside an option's words
-        ("B. Vitamin A", "B"), ("B. Vitamin C.", "B"), ("B. Take vitamin C. It helps", "B"), ("B. Washington D.C.", "B"),
-        ("D. Both A and B", "D"), ("E. Neither A nor B", "E"), ("C. A and B", "C"), ("B. e.g. a dog", "B"), ("B. A man, a plan", "B"),
+        ("B. Vitamin A", "B"), ("B. Vitamin C.", "B"), ("B. Take vitamin C. It helps", "B"),
+        ("B. Washington D.C.", "B"),
+        ("D. Both A and B", "D"), ("E. Neither A nor B", "E"), ("C. A and B", "C"), ("B. e.g. a dog", "B"),
+        ("B. A man, a plan", "B"),
         ("B. He moved to plan C", "B"),
     ],
 )  # fmt: skip
@@ -155,8 +167,10 @@ def test_multiple_choice_needs_the_same_set():
 @pytest.mark.parametrize(
     ("answer", "reference", "f1"),
     [
-        ("C;A", "A,C", 1), ("a c", "A,C", 1), ("A,A,C", "A,C", 1), ("A. happy, C. sad", "A,C", 1), ("A. happy C. sad", "A,C", 1),
-        ("CA", "A,C", 1), ("A|C", "A,C", 1), ("(A)(C)", "A,C", 1), ("A", "A,C", 2 / 3), ("A,B", "A,C", 1 / 2), ("B", "A,C", 0),
+        ("C;A", "A,C", 1), ("a c", "A,C", 1), ("A,A,C", "A,C", 1), ("A. happy, C. sad", "A,C", 1),
+        ("A. happy C. sad", "A,C", 1),
+        ("CA", "A,C", 1), ("A|C", "A,C", 1), ("(A)(C)", "A,C", 1), ("A", "A,C", 2 / 3), ("A,B", "A,C", 1 / 2),
+        ("B", "A,C", 0),
         ("A,B,C,D,E,F", "A,C,E,F", 0.8), ("A happy man", "A,C", 0), ("all", "A,C", 0),
     ],
 )  # fmt: skip
@@ -189,17 +203,22 @@ def test_judge_type(answer, reference, reward):
         ("0.1234", "0.123", 1), ("0.1235", "0.123", 0), ("0.124", "0.123", 0),  # d = 3
         ("3.1416", "3.1", 0), ("3.1", "3.14", 0),  # d = 2, never fewer
         ("0.001", "0.004", 0), ("0.001", "0.0014", 1),  # d = 3
-        ("0", "0.0", 1), ("-0", "0", 1), ("0.001", "0", 0), ("0", "0.004", 0), ("0.00", "0.004", 0),  # zero only equals zero
+        ("0", "0.0", 1), ("-0", "0", 1), ("0.001", "0", 0), ("0", "0.004", 0),
+        ("0.00", "0.004", 0),  # zero only equals zero
         ("1,234", "1234", 1), ("1,234,567.5", "1234567.5", 1), ("1,23", "123", 0), ("1,2345", "12345", 0),
         ("$5", "5", 1), ("5 €", "5", 1), ("-$5", "-5", 1), ("$5$", "5", 1), ("US$5", "5", 1),
-        ("5 cm", "5", 1), ("5cm", "5", 1), ("5 m/s^2", "5", 1), ("5 m²", "5", 1), ("25 °C", "25", 1), ("5 red apples.", "5", 1),
+        ("5 cm", "5", 1), ("5cm", "5", 1), ("5 m/s^2", "5", 1), ("5 m²", "5", 1), ("25 °C", "25", 1),
+        ("5 red apples.", "5", 1),
         ("50%", "50", 1), ("50 %", "50%", 1), ("50%", "0.5", 0),
         ("−5", "-5", 1), ("５", "5", 1), ("**5**", "5", 1), ("\\boxed{5}", "5", 1),
-        ("1/2", "0.5", 1), ("0.5", "1/2", 1), ("-3/4", "-0.75", 1), ("1/3", "0.33", 1), ("1/3", "0.333", 1), ("1/3", "0.3", 0),
+        ("1/2", "0.5", 1), ("0.5", "1/2", 1), ("-3/4", "-0.75", 1), ("1/3", "0.33", 1), ("1/3", "0.333", 1),
+        ("1/3", "0.3", 0),
         ("2/6", "1/3", 1), ("\\frac{1}{2}", "0.5", 1), ("1/0", "1", 0),
-        ("1e3", "1000", 1), ("1.5e-3", "0.0015", 1), ("5 x 10^3", "5000", 1), ("5×10³", "5000", 1), ("5 \\times 10^{3}", "5000", 1),
+        ("1e3", "1000", 1), ("1.5e-3", "0.0015", 1), ("5 x 10^3", "5000", 1), ("5×10³", "5000", 1),
+        ("5 \\times 10^{3}", "5000", 1),
         ("nan", "5", 0), ("inf", "5", 0), ("five", "5", 0), ("", "5", 0), ("1e999", "5", 0),
-        ("5 or 6", "5", 0), ("5-6", "5", 0), ("5–6", "5", 0), ("5 of 10", "5", 0), ("10:30", "10", 0), ("1.5.2", "1.5", 0), ("10²", "10", 0),
+        ("5 or 6", "5", 0), ("5-6", "5", 0), ("5–6", "5", 0), ("5 of 10", "5", 0), ("10:30", "10", 0),
+        ("1.5.2", "1.5", 0), ("10²", "10", 0),
         ("about 5", "5", 0),
     ],
 )  # fmt: skip
@@ -212,8 +231,10 @@ def test_numerical(answer, reference, reward):
     [
         ("10", "10", 1), ("9", "10", 0.9), ("12.5", "10", 0.75), ("25", "10", 0), ("-5", "-4", 0.75), ("4", "-4", 0),
         ("0", "0", 1), ("0.0 m", "0", 1), ("0.1", "0", 0),
-        ("about 9 metres", "10", 0.9), ("It is 1,000.", "1000", 1), ("x = -3", "-3", 1), ("roughly 1/2", "0.5", 1), ("9 cm (9 cm)", "10", 0.9),
-        ("between 9 and 10", "10", 0), ("9-10", "10", 0), ("3,14", "3.14", 0), ("nan", "10", 0), ("inf", "10", 0), ("ten", "10", 0),
+        ("about 9 metres", "10", 0.9), ("It is 1,000.", "1000", 1), ("x = -3", "-3", 1), ("roughly 1/2", "0.5", 1),
+        ("9 cm (9 cm)", "10", 0.9),
+        ("between 9 and 10", "10", 0), ("9-10", "10", 0), ("3,14", "3.14", 0), ("nan", "10", 0), ("inf", "10", 0),
+        ("ten", "10", 0),
     ],
 )  # fmt: skip
 def test_regression(answer, reference, reward):
@@ -243,8 +264,10 @@ def test_numbers_that_no_arithmetic_should_touch():
 @pytest.mark.parametrize(
     ("answer", "reference", "reward"),
     [
-        ("STOP AHEAD", "STOP AHEAD", 1), ("STOP", "STOP AHEAD", 0.5), ("STOP A HEAD", "STOP AHEAD", 0), ("STOP  AHEAD\n", "STOP AHEAD", 1),
-        ("Stop AHEAD", "STOP AHEAD", 0.5), ("one three", "one two three", 2 / 3), ("one two three four five six", "one two three", 0),
+        ("STOP AHEAD", "STOP AHEAD", 1), ("STOP", "STOP AHEAD", 0.5), ("STOP A HEAD", "STOP AHEAD", 0),
+        ("STOP  AHEAD\n", "STOP AHEAD", 1),
+        ("Stop AHEAD", "STOP AHEAD", 0.5), ("one three", "one two three", 2 / 3),
+        ("one two three four five six", "one two three", 0),
         ("停止", "停车", 0.5), ("停 车", "停车", 1), ("小心地滑", "小心路滑", 0.75), ("とまれ", "とまる", 2 / 3),
         ("멈춤", "멈춰", 0),  # Korean has spaces: one word, wrong
         ("STOQ", "STOP", 0),  # so has English
@@ -272,8 +295,10 @@ def test_free_form_without_a_judge_is_rouge_l(answer, reference, reward):
 @pytest.mark.parametrize(
     ("answer", "reference", "f1"),
     [
-        ("Happy, Sad", "happy,sad", 1), ("sad and happy", "happy, sad", 1), ("1. happy\n2. sad", "happy; sad", 1), ("happy", "happy, sad", 2 / 3),
-        ("happy, happy", "happy", 1), ("[happy/angry]", "happy, sad", 0.5), ("self conscious", "self-conscious", 1), ("joyful", "happy", 0),
+        ("Happy, Sad", "happy,sad", 1), ("sad and happy", "happy, sad", 1), ("1. happy\n2. sad", "happy; sad", 1),
+        ("happy", "happy, sad", 2 / 3),
+        ("happy, happy", "happy", 1), ("[happy/angry]", "happy, sad", 0.5), ("self conscious", "self-conscious", 1),
+        ("joyful", "happy", 0),
     ],
 )  # fmt: skip
 def test_emer_ov(answer, reference, f1):
@@ -339,8 +364,8 @@ def test_unusable_references(solution, problem_type, message):
 
 def test_every_type_gives_a_perfect_score_to_its_reference():
     references = {
-        "multiple choice": "B", "emer_ov_mc": "A,C", "judge": "No", "numerical": "3.5", "regression": "0", "OCR": "STOP",
-        "free-form": "a cat", "emer_ov": "happy",
+        "multiple choice": "B", "emer_ov_mc": "A,C", "judge": "No", "numerical": "3.5", "regression": "0",
+        "OCR": "STOP", "free-form": "a cat", "emer_ov": "happy",
     }  # fmt: skip
     assert set(references) == set(PROBLEM_TYPES)
     for problem_type, reference in references.items():
@@ -352,8 +377,21 @@ def test_every_type_gives_a_perfect_score_to_its_reference():
 
 def test_degenerate_completions_take_no_time():
     started = time.perf_counter()
-    for text in ("</context><think></think>" * 300, "<think>" * 1000, "A, " * 3000, "answer " * 1500, "1 " * 5000, "(" * 8000, "b\n" * 3000):
-        for problem_type, reference in {"multiple choice": "B", "numerical": "5", "regression": "5", "emer_ov": "sad"}.items():
+    for text in (
+        "</context><think></think>" * 300,
+        "<think>" * 1000,
+        "A, " * 3000,
+        "answer " * 1500,
+        "1 " * 5000,
+        "(" * 8000,
+        "b\n" * 3000,
+    ):
+        for problem_type, reference in {
+            "multiple choice": "B",
+            "numerical": "5",
+            "regression": "5",
+            "emer_ov": "sad",
+        }.items():
             accuracy(problem_type, text, reference)
         format_reward("<context>" + text, "released")
     rouge_l("word " * 2000, "word " * 100)

@@ -30,7 +30,8 @@ def test_find_block_is_the_first_tag_and_the_first_closing_tag_after_it():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "<context>open", "closed</context>", "</context><context>", "<Context>a</Context>", "<context >a</context>"]
+    "text",
+    ["", "<context>open", "closed</context>", "</context><context>", "<Context>a</Context>", "<context >a</context>"],
 )
 def test_find_block_needs_both_tags_exactly(text):
     assert find_block(text, "context") is None
@@ -113,8 +114,13 @@ def tokenizer():
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    corpus = ["a man talks.</context><think>he is sad.</think>\n<answer>B</answer>", "<context>é 你好 naïve</context>"] * 20
-    trainer = trainers.BpeTrainer(vocab_size=340, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    corpus = [
+        "a man talks.</context><think>he is sad.</think>\n<answer>B</answer>",
+        "<context>é 你好 naïve</context>",
+    ] * 20
+    trainer = trainers.BpeTrainer(
+        vocab_size=340, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
     bpe.train_from_iterator(corpus, trainer)
     trained = json.loads(bpe.to_str())["model"]
     tok = Qwen2Tokenizer(

@@ -1,0 +1,5 @@
+"""stub"""
+
+
+def prepare(config):
+    """stub"""

@@ -1,0 +1,451 @@
+"""The judge's client against a server on the loopback that is slow, down, wrong and rude."""
+
+import json
+import logging
+import threading
+import time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from hov2.config import JudgeConfig
+from hov2.judge import Judge, JudgeError, JudgeReply, has_context, parse_score
+from hov2.prompts import load_prompts
+
+KEY = "sk-very-secret-0123456789"
+SECRET_TEXT = "the woman in the green coat hides a letter"
+
+
+@pytest.mark.parametrize(
+    ("reply", "score"),
+    [
+        ("4", 4), ("0", 0), ("5", 5), ("4.5", 4.5), ("4.0", 4), (" 4\n", 4), ("4.", 4), ("**4**", 4), ("`4`", 4),
+        ("Score: 4", 4),
+        ("score is 4 out of 5", 4), ("**Score:** 4", 4), ("4/5", 4), ("4 / 5", 4), ("4 out of 5", 4),
+        ("Score: 4 (out of 5)", 4),
+        ("The score is 3.", 3), ("5/5", 5), ('{"score": 4}', 4), ("[4]", 4), ("4 points", 4),
+        ("Rating: 2.5/5.0", 2.5), ("I'd say 4/5", 4),
+        ("4\n\nThe candidate misses the dog.", 4), ("Score: 4. It does not mention the dog.", 4),
+        ("Score: 4\nFinal score: 4", 4),
+        ("", None), ("  ", None), ("6", None), ("5.1", None), ("-1", None), ("−1", None), ("- 1", None),
+        ("10/10", None), ("4/10", None),
+        ("8/10", None), ("4 or 5", None), ("4-5", None), ("4–5", None), ("3 to 4", None), ("3\n4", None),
+        ("4,5", None), ("4.5.6", None),
+        ("nan", None), ("inf", None), ("four", None), ("None", None), ("True", None), ("80%", None), ("4%", None),
+        ("4th", None), ("v4", None),
+        ("<html><body>4</body></html>", None), ("<p>4", None), ("Score: 4, but 3 clues are missing", None),
+        ("1. yes\n2. no", None),
+        ("not 4", None), ("less than 4 points", None), ("I can't give a score of 4", None),
+        ("Error: score service code 3", None),
+        ("The candidate names 4 of the clues", None), ("retry in 2 seconds", None), ("４", None), ("1e0", None),
+        ("0x4", None),
+        ("4" * 5000, None),
+    ],
+)  # fmt: skip
+def test_parse_score(reply, score):
+    assert parse_score(reply) == score
+
+
+def test_parse_score_of_another_range():
+    assert parse_score("2/3", maximum=3) == 2
+    assert parse_score("7 pairs", maximum=8) == 7
+    assert parse_score("4", maximum=3) is None
+    assert parse_score("2/5", maximum=3) is None
+
+
+# ---------------------------------------------------------------------------------------------- a server
+
+
+def chat(text):
+    return 200, {}, json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]})
+
+
+class Server(ThreadingHTTPServer):
+    """Answers with `script`, one step a request, then with its last step for ever. A step is (status, headers, body) or
+    a function of the handler."""
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, script):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.script, self.requests, self.lock = list(script), [], threading.Lock()
+        self.now, self.most = 0, 0  # requests in flight
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+    def handle_error(self, request, client_address):
+        pass  # a client that gave up
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with server.lock:
+            server.requests.append((time.monotonic(), self.path, dict(self.headers), body))
+            step = server.script.pop(0) if len(server.script) > 1 else server.script[0]
+            server.now += 1
+            server.most = max(server.most, server.now)
+        try:
+            self.answer(*step) if isinstance(step, tuple) else step(self)
+        finally:
+            with server.lock:
+                server.now -= 1
+
+    def answer(self, status, headers, body, length=None):
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(length or len(body.encode())))
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    def log_message(self, *args):
+        pass
+
+
+@contextmanager
+def judged(*script, first_delay=0.001, **config):
+    """(judge, server) with a server that follows `script`."""
+    server = Server(script)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    judge = Judge(JudgeConfig(**{"url": server.url, "timeout": 5.0, **config}), load_prompts(), first_delay=first_delay)
+    try:
+        yield judge, server
+    finally:
+        judge.close()
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def ask(judge, text=SECRET_TEXT):
+    return judge.submit("consistency", reference="a", answer=text).result(timeout=10)
+
+
+def reset(handler):
+    handler.connection.setsockopt(1, 13, b"\x01\x00\x00\x00\x00\x00\x00\x00")  # SO_LINGER 0: closing sends a reset
+    handler.connection.close()
+
+
+def hang(handler):
+    time.sleep(0.6)
+    handler.answer(*chat("1"))
+
+
+def half(handler):
+    status, headers, body = chat("4")
+    handler.answer(status, headers, body[: len(body) // 2], length=len(body))
+
+
+# ---------------------------------------------------------------------------------------------- asking
+
+
+def test_a_score_and_what_was_asked_for_it():
+    with judged(chat("Score: 4/5"), model="grader") as (judge, server):
+        reply = ask(judge)
+        assert (reply.score, reply.raw, reply.error) == (0.8, "Score: 4/5", None)
+        [(_, path, headers, body)] = server.requests
+        assert path == "/v1/chat/completions"
+        assert (body["model"], body["temperature"]) == ("grader", 0)
+        assert body["messages"] == load_prompts().judge_messages("consistency", reference="a", answer=SECRET_TEXT)
+        assert "Authorization" not in headers
+
+
+def test_all_requests_of_a_step_are_in_flight_at_once():
+    everyone = threading.Barrier(12)
+
+    def wait_for_everyone(handler):
+        everyone.wait(timeout=5)  # passes only if all 12 requests are there
+        handler.answer(*chat("3"))
+
+    with judged(wait_for_everyone, concurrency=12) as (judge, server):
+        pending = [judge.submit("logic", context=str(i), think="t") for i in range(12)]
+        assert [future.result(timeout=10).score for future in pending] == [0.6] * 12
+        assert server.most == 12
+
+
+def test_no_more_than_concurrency_requests_are_in_flight():
+    def slow(handler):
+        time.sleep(0.02)
+        handler.answer(*chat("3"))
+
+    with judged(slow, concurrency=3) as (judge, server):
+        pending = [judge.submit("logic", context=str(i), think="t") for i in range(9)]
+        assert [future.result(timeout=10).score for future in pending] == [0.6] * 9
+        assert server.most <= 3
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        (500, {}, "oops"), (503, {}, ""), (408, {}, ""), (429, {}, ""), (200, {}, "<html>Bad gateway</html>"),
+        (200, {}, ""),
+        (200, {}, "[]"), (200, {}, '{"choices": []}'), (200, {}, '{"error": "overloaded"}'),
+        (200, {}, '{"choices": [{"message": null}]}'),
+        (200, {}, '{"choices": [{"message": {"content": null}}]}'), chat("I would say 4 or 5"), chat(""), chat("7"),
+        half, reset,
+    ],
+    ids=lambda step: step.__name__ if callable(step) else f"{step[0]} {step[2][:40]}",
+)  # fmt: skip
+def test_failures_that_pass_are_tried_again(failure):
+    with judged(failure, failure, chat("4")) as (judge, server):
+        assert ask(judge).score == 0.8
+        assert len(server.requests) == 3
+        assert judge.stats()["failures"] == 0
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        ((500, {}, SECRET_TEXT), "HTTP 500"), (chat("4 or 5"), "the reply states no score"),
+        (half, "the reply broke off"),
+        ((200, {}, "<html>"), "the reply is no chat completion"), (reset, "connection reset"),
+    ],
+)  # fmt: skip
+def test_failures_that_stay_are_a_missing_score_never_zero(failure, reason):
+    with judged(failure, max_retries=2) as (judge, server):
+        reply = ask(judge)
+        assert reply.score is None
+        assert reply.error == f"127.0.0.1:{server.server_address[1]}: {reason}"
+        assert len(server.requests) == 3
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 422, 302])
+def test_a_refusal_is_not_tried_again(status):
+    with judged((status, {"Location": "http://127.0.0.1:9/v1"}, SECRET_TEXT), chat("4")) as (judge, server):
+        reply = ask(judge)
+        assert reply.score is None and reply.error.endswith(f": HTTP {status}")
+        assert len(server.requests) == 1
+
+
+def test_a_hanging_server_is_given_up_in_time():
+    with judged(hang, timeout=0.1, max_retries=1) as (judge, server):
+        started = time.monotonic()
+        reply = ask(judge)
+        assert time.monotonic() - started < 0.5
+        assert reply.score is None and reply.error.endswith(": no reply within 0.1 s")
+        assert len(server.requests) == 2 and 0.2 <= reply.latency < 0.5
+
+
+def test_retry_after_is_waited_for():
+    with judged((429, {"Retry-After": "1"}, ""), (429, {"Retry-After": "soon"}, ""), chat("5")) as (judge, server):
+        assert ask(judge).score == 1.0
+        first, second, third = (request[0] for request in server.requests)
+        assert 1.0 <= second - first < 2.0
+        assert third - second < 0.5
+
+
+def test_the_waits_double_and_are_the_same_every_time(monkeypatch):
+    def waits_of_one_run():
+        with judged((500, {}, ""), max_retries=4, first_delay=8.0) as (judge, _):
+            waits = []
+            monkeypatch.setattr(judge._closed, "wait", waits.append)  # returns None: not closed
+            ask(judge)
+            return waits
+
+    waits = waits_of_one_run()
+    assert all(8 * 2**i / 2 <= wait <= 8 * 2**i for i, wait in enumerate(waits[:2]))
+    assert len(waits) == 4 and waits[3] == 30.0  # capped
+    assert waits_of_one_run() == waits
+
+
+def test_a_dead_server_is_missing_and_check_names_it():
+    with judged(chat("4")) as (_, server):
+        url = server.url
+    judge = Judge(JudgeConfig(url=url, max_retries=1), load_prompts(), first_delay=0.001)
+    assert ask(judge).error == f"127.0.0.1:{server.server_address[1]}: connection refused"
+    message = f"no judge at {url}: .*connection refused; judge.url is .*http://localhost:8000/v1"
+    with pytest.raises(JudgeError, match=message):
+        judge.check()
+    judge.close()
+
+
+def test_check():
+    with judged((503, {}, "loading"), chat("any words")) as (judge, server):
+        judge.check()
+        assert len(server.requests) == 2
+        assert judge.stats()["requests"] == 0
+    with judged((404, {}, "")) as (judge, _), pytest.raises(JudgeError, match="HTTP 404; judge.url is what"):
+        judge.check()
+
+
+def test_stats_count_since_the_last_call():
+    with judged(chat("4"), (400, {}, ""), chat("5")) as (judge, _):
+        replies = [ask(judge, str(i)) for i in range(4)]
+        stats = judge.stats()
+        assert [reply.score for reply in replies] == [0.8, None, 1.0, 1.0]
+        assert (stats["requests"], stats["failures"], stats["failure_rate"]) == (4, 1, 0.25)
+        assert stats["latency"] == pytest.approx(sum(reply.latency for reply in replies) / 4) and stats["latency"] > 0
+        assert judge.stats() == {"requests": 0, "failures": 0, "failure_rate": 0.0, "latency": 0.0}
+
+
+def test_close_gives_up_waiting():
+    with judged((500, {}, ""), first_delay=20.0) as (judge, server):
+        pending = judge.submit("consistency", reference="a", answer="b")
+        while not server.requests:
+            time.sleep(0.005)
+        started = time.monotonic()
+        judge.close()
+        assert pending.result().error.endswith("HTTP 500")
+        assert time.monotonic() - started < 2
+
+
+# ---------------------------------------------------------------------------------------------- cache
+
+
+def test_the_cache_saves_requests_and_holds_scores_only(tmp_path):
+    with judged(chat(f"Score: 4. {SECRET_TEXT}"), cache=str(tmp_path / "scores")) as (judge, server):
+        assert ask(judge).score == 0.8
+        assert ask(judge) == JudgeReply(0.8)
+        assert len(server.requests) == 1
+        assert judge.stats()["requests"] == 1
+        ask(judge, "another answer")
+        assert len(server.requests) == 2
+        files = list((tmp_path / "scores").iterdir())
+        assert [json.loads(file.read_text()) for file in files] == [{"score": 0.8}] * 2
+        assert all(len(file.stem) == 64 and file.suffix == ".json" for file in files)
+
+
+def test_the_cache_outlives_a_judge_and_tells_models_apart(tmp_path):
+    for model, requests in (("a", 1), ("a", 0), ("b", 1)):
+        with judged(chat("4"), cache=str(tmp_path), model=model) as (judge, server):
+            assert ask(judge).score == 0.8
+            assert len(server.requests) == requests
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"score": 7.0}', '{"score": NaN}', '{"score": "4"}', '{"score": true}', "\x00\xff"]
+)
+def test_a_broken_cache_file_is_asked_for_again_and_rewritten(tmp_path, content):
+    with judged(chat("4"), chat("2"), cache=str(tmp_path)) as (judge, server):
+        ask(judge)
+        [file] = tmp_path.iterdir()
+        file.write_text(content, encoding="latin-1")
+        assert ask(judge).score == 0.4
+        assert json.loads(file.read_text()) == {"score": 0.4}
+        assert len(server.requests) == 2 and list(tmp_path.iterdir()) == [file]
+
+
+def test_failures_are_not_cached(tmp_path):
+    with judged((400, {}, ""), chat("4"), cache=str(tmp_path)) as (judge, _):
+        assert ask(judge).score is None
+        assert list(tmp_path.iterdir()) == []
+        assert ask(judge).score == 0.8
+
+
+# ---------------------------------------------------------------------------------------------- secrets
+
+
+def test_the_key_is_sent_and_shown_nowhere(monkeypatch, caplog, tmp_path):
+    monkeypatch.setenv("JUDGE_KEY", KEY + "\n")
+    caplog.set_level(logging.DEBUG)
+    script = (chat("4"), (401, {}, KEY), reset, half, (500, {}, KEY), chat(KEY))
+    with judged(*script, api_key_env="JUDGE_KEY", max_retries=0, cache=str(tmp_path)) as (judge, server):
+        replies = [ask(judge, str(i)) for i in range(5)]
+        assert {request[2]["Authorization"] for request in server.requests} == {f"Bearer {KEY}"}
+        shown = [repr(judge), str(judge), repr(judge.config), caplog.text, *map(repr, replies)]
+        assert len([reply for reply in replies if reply.error]) == 4
+        assert not any(KEY in text for text in shown)
+        with pytest.raises(JudgeError) as error:
+            judge._closed.set()
+            server.script = [(401, {}, KEY)]
+            judge.check()
+        assert KEY not in str(error.value) and KEY not in "".join(file.read_text() for file in tmp_path.iterdir())
+
+
+def test_errors_and_logs_hold_no_prompt_text(caplog):
+    caplog.set_level(logging.DEBUG)
+    with judged((500, {}, SECRET_TEXT), reset, (400, {}, SECRET_TEXT), max_retries=0) as (judge, _):
+        assert [SECRET_TEXT in ask(judge).error for _ in range(3)] == [False] * 3
+    assert SECRET_TEXT not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(None, "JUDGE_KEY isn't set"), ("", "isn't set"), ("a\nb", "no HTTP header"), ("ключ", "no HTTP header")],
+)
+def test_an_unusable_key_is_an_error_at_once(monkeypatch, value, message):
+    monkeypatch.delenv("JUDGE_KEY", raising=False)
+    if value is not None:
+        monkeypatch.setenv("JUDGE_KEY", value)
+    with pytest.raises(ValueError, match=message) as error:
+        Judge(JudgeConfig(url="http://localhost/v1", api_key_env="JUDGE_KEY"), load_prompts())
+    assert not value or value not in str(error.value)
+
+
+@pytest.mark.parametrize("url", ["localhost:8000/v1", "", "ftp://x/v1", "http://", "http://:80/v1"])
+def test_an_unusable_url_is_an_error_at_once(url):
+    with pytest.raises(ValueError, match="judge.url: expected a base like http://localhost:8000/v1"):
+        Judge(JudgeConfig(url=url), load_prompts())
+
+
+def test_a_password_in_the_url_is_not_shown():
+    judge = Judge(JudgeConfig(url="http://me:hush@127.0.0.1:9/v1", max_retries=0), load_prompts())
+    with pytest.raises(JudgeError, match="http://127.0.0.1:9/v1") as error:
+        judge.check()
+    assert "hush" not in str(error.value) + repr(judge)
+    judge.close()
+
+
+def test_only_the_config_is_honoured(monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    with judged(chat("4")) as (judge, _):
+        assert ask(judge).score == 0.8
+
+
+# ---------------------------------------------------------------------------------------------- rewards
+
+FULL = "<context>a man waits</context><think>he is sad</think><answer>B</answer>"
+REFERENCE = "<context>a man waits alone</context><think>t</think><answer>B</answer>"
+
+
+def test_context_and_logic_ask_with_the_blocks():
+    with judged(chat("4"), chat("3")) as (judge, server):
+        assert judge.submit_context(FULL, REFERENCE).result().score == 0.8
+        assert judge.submit_logic(FULL).result().score == 0.6
+        context, logic = (request[3]["messages"][1]["content"] for request in server.requests)
+        assert "[Reference]\na man waits alone\n" in context and "[Candidate]\na man waits\n" in context
+        assert "[Description]\na man waits\n" in logic and "[Reasoning]\nhe is sad\n" in logic
+
+
+def test_missing_blocks_score_zero_without_a_request():
+    with judged(chat("5")) as (judge, server):
+        no_context, no_think = "<think>t</think>", "<context>c</context><think>cut"
+        blank = "<context> </context><think>t</think>"
+        assert [judge.submit_context(text, REFERENCE).result().score for text in (no_context, blank, "")] == [0.0] * 3
+        assert [judge.submit_logic(text).result().score for text in (no_context, no_think, blank, "")] == [0.0] * 4
+        assert judge.submit_context(no_context, REFERENCE).result().error is None
+        assert server.requests == [] and judge.stats()["requests"] == 0
+
+
+def test_a_reference_without_context_does_not_apply():
+    with judged(chat("5")) as (judge, server):
+        for solution in ("<answer>B</answer>", "B", "<context></context><answer>B</answer>"):
+            assert not has_context(solution)
+            assert judge.submit_context(FULL, solution).result() == JudgeReply(None)
+        assert has_context(REFERENCE)
+        assert server.requests == []
+
+
+def test_consistency_is_a_share_of_five_or_missing():
+    with judged(chat("2"), (400, {}, "")) as (judge, _):
+        assert judge.consistency("a cat", "the cat") == 0.4
+        assert judge.consistency("a dog", "the cat") is None
+
+
+def test_synonyms_count_as_one():
+    with judged(chat("1"), chat("3"), max_retries=0) as (judge, server):
+        # one word shared, one pair of synonyms: 2 of 3 predicted, 2 of 2 expected: F1 = 4 / 5
+        assert judge.synonyms({"sad", "joyful", "tired"}, {"sad", "happy"}) == pytest.approx(0.8)
+        question = server.requests[0][3]["messages"][1]["content"]
+        assert "[First list]\njoyful\ntired\n" in question and "[Second list]\nhappy\n" in question
+        assert "from 0 to 1" in question
+        assert judge.synonyms({"sad", "joyful"}, {"happy"}) is None  # 3 pairs of at most 1: no score
+        assert judge.synonyms({"sad"}, {"sad", "happy"}) == pytest.approx(2 / 3)  # nothing left to pair: not asked
+        assert len(server.requests) == 2

@@ -1,0 +1,178 @@
+"""Whole runs of train_sft.py and train_grpo.py: 1 process equals 2, accumulation equals one batch, resume equals going on."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import synth_clip, tiny_thinker, tiny_tokenizer
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """A folder with a tiny model, clips, data and configs, and the runs that the tests compare."""
+    lab = tmp_path_factory.mktemp("lab")
+    tiny_thinker(layers=2).save_pretrained(lab / "model")
+    tiny_tokenizer().save_pretrained(lab / "model")
+    write_data(lab)
+    base = {"model": str(lab / "model"), "data": [{"path": str(lab / "data.jsonl")}], "output_dir": "", "max_steps": STEPS, "num_train_epochs": 2,
+            "learning_rate": 1e-4, "media": {"fps": 4, "max_frames": 4}, "prompts": None}
+    grpo = base | {"prompts_per_step": 4, "num_generations": 4, "num_iterations": 2, "max_completion_length": 10, "top_k": 0,
+                   "reward_weights": {"format": 1.0, "accuracy": 1.0, "context": 1.0}, "judge": {"url": "http://stand-in"}}
+    (lab / "sft.json").write_text(json.dumps(base | {"samples_per_step": 4}))
+    (lab / "grpo.json").write_text(json.dumps(grpo))
+    launch(lab, 1, single_process_runs(lab))
+    launch(lab, 2, [run(lab, "sft", "sft-2"), *(run(lab, "grpo", f"{kind}-2", f"loss_type={kind}") for kind in LOSSES)])
+    return lab
+
+
+LOSSES = ("token", "grpo", "dr_grpo")
+
+
+def single_process_runs(lab):
+    runs = [run(lab, "sft", "sft-1"), run(lab, "sft", "sft-batch", "per_device_train_batch_size=4"),
+            run(lab, "sft", "sft-prompt", "train_on_prompt=true", "max_steps=1")]
+    for kind in LOSSES:
+        runs.append(run(lab, "grpo", f"{kind}-1", f"loss_type={kind}", "save_steps=1"))
+        runs.append(run(lab, "grpo", f"{kind}-batch", f"loss_type={kind}", "per_device_train_batch_size=3"))
+    runs.append(run(lab, "grpo", "bnpo", "loss_type=bnpo", "beta=0.0", "scale_rewards=true", "credit=released", "max_steps=1",
+                    "gate_threshold=0.4"))
+    runs.append(run(lab, "grpo", "masked", "mask_truncated_completions=true", "max_steps=1"))
+    return runs
+
+
+def run(lab, script, name, *overrides):
+    """One entry of train_runs.py's list, writing to lab/name."""
+    return [script, str(lab / f"{script}.json"), [f"output_dir={lab / name}", *overrides]]
+
+
+def launch(lab, processes, runs):
+    """Runs them all under torchrun (or plainly, for one process); a failure shows the output."""
+    (lab / "runs.json").write_text(json.dumps(runs))
+    launcher = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                                        "--nproc_per_node", str(processes)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([*launcher, str(ROOT / "tests" / "train_runs.py"), str(lab / "runs.json")], cwd=ROOT, env=environment,
+                          capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done.stdout
+
+
+def write_data(lab):
+    """Eight samples: clips with and without sound, an image, text."""
+    records = []
+    for i in range(8):
+        kind = ("video", "video", "image", "text")[i % 4]
+        record = {"id": f"s{i}", "problem": "What does the speaker intend?" + " Well?" * i, "problem_type": "multiple choice",
+                  "options": ["A. joke", "B. threat"], "data_type": kind,
+                  "solution": f"<context>A man smiles {i}.</context><think>He is joking.</think><answer>{'AB'[i % 2]}</answer>"}
+        if kind == "video":
+            record["path"] = Path(synth_clip(lab / f"{i}.mp4", sound=i % 4 == 0, seed=i)).name
+        if kind == "image":
+            record["path"] = Path(synth_clip(lab / f"{i}.png", seed=i)).name
+        records.append(record)
+    (lab / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+
+
+def metrics(lab, name):
+    """The run's lines of metrics.jsonl, without what depends on the clock."""
+    lines = [json.loads(line) for line in (lab / name / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
+
+
+def assert_same_run(lab, a, b, relative=1e-4):
+    """Equal metrics and weights, up to float32's rounding in another order of summation."""
+    first, second = metrics(lab, a), metrics(lab, b)
+    assert len(first) == len(second) == STEPS and first[0].keys() == second[0].keys()
+    for x, y in zip(first, second):
+        for name in x:
+            assert y[name] == pytest.approx(x[name], rel=relative, abs=2e-6), (x["step"], name)
+    before = load_file(lab / "model" / "model.safetensors")
+    mine, theirs = (load_file(lab / name / "model" / "model.safetensors") for name in (a, b))
+    moved = max((mine[key] - before[key]).abs().max() for key in mine)
+    assert moved > 1e-5, "training changed nothing"
+    for key in mine:
+        assert (mine[key] - theirs[key]).abs().max() <= 0.05 * moved, key
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_two_processes_equal_one(lab, kind):
+    assert_same_run(lab, f"{kind}-1", f"{kind}-2")
+    assert max(abs(line["loss"]) for line in metrics(lab, f"{kind}-1")) > 1e-3
+    assert max(line["kl"] for line in metrics(lab, f"{kind}-1")) > 0
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_accumulation_equals_one_batch(lab, kind):
+    assert_same_run(lab, f"{kind}-1", f"{kind}-batch")
+
+
+def test_sft_is_the_same_however_it_is_split(lab):
+    assert_same_run(lab, "sft-1", "sft-2")
+    assert_same_run(lab, "sft-1", "sft-batch")
+
+
+def test_frozen_towers_stay_as_they_were(lab):
+    before, after = (load_file(lab / name / "model.safetensors") for name in ("model", "token-1/model"))
+    for key in before:
+        if key.startswith(("visual.", "audio_tower.")):
+            assert (before[key] == after[key]).all(), key
+    assert any((before[key] != after[key]).any() for key in before)
+
+
+def test_resumed_run_equals_uninterrupted_one(lab):
+    shutil.copytree(lab / "token-1", lab / "resumed")
+    for step in (2, 3):
+        shutil.rmtree(lab / "resumed" / f"checkpoint-{step}")  # as if it had been killed after step 1
+    shutil.rmtree(lab / "resumed" / "model")
+    out = launch(lab, 1, [run(lab, "grpo", "resumed", "save_steps=1", "resume=true")])
+    assert f"resumed from {lab / 'resumed' / 'checkpoint-1'}" in out
+    assert metrics(lab, "resumed") == metrics(lab, "token-1")
+    a, b = (load_file(lab / name / "model" / "model.safetensors") for name in ("token-1", "resumed"))
+    assert all((a[key] == b[key]).all() for key in a)
+    dumps = [(lab / name / "rollouts.jsonl").read_text() for name in ("token-1", "resumed")]
+    assert dumps[0] == dumps[1]
+
+
+def test_dump_holds_every_token_with_its_credit(lab):
+    records = [json.loads(line) for line in (lab / "token-1" / "rollouts.jsonl").read_text().splitlines()]
+    assert len(records) == STEPS * 4
+    for record in records:
+        assert record["sample"].startswith("s") and len(record["completions"]) == 4
+        for completion in record["completions"]:
+            n = len(completion["token_ids"])
+            assert completion["token_ends"][-1] == len(completion["text"])
+            assert {len(values) for values in completion["tokens"].values()} == {n}
+            assert {"logp", "old_logp", "ref_logp", "ratio", "kl", "clipped", "credit/full", "credit/context"} <= completion["tokens"].keys()
+    full = [c["tokens"]["credit/full"][0] for c in records[0]["completions"]]
+    assert abs(sum(full)) < 1e-4 and max(full) > 0  # rewards minus their mean
+
+
+def test_train_on_prompt_counts_the_prompts_text_too(lab):
+    assert metrics(lab, "sft-prompt")[0]["tokens"] > metrics(lab, "sft-1")[0]["tokens"] + 40
+
+
+def test_other_switches_run(lab):
+    line = metrics(lab, "bnpo")[0]
+    assert line["kl"] == 0 and line["beta"] == 0 and line["rewards/context/mean"] is not None and line["loss"] != 0
+
+
+def test_masked_truncated_completions_teach_nothing(lab):
+    line = metrics(lab, "masked")[0]
+    assert line["completions/clipped_ratio"] == 1 and line["loss"] == 0 and line["grad_norm"] == 0 and line["kl"] is None
+
+
+def test_export_loads_in_transformers(lab):
+    from transformers import AutoTokenizer, Qwen2_5OmniThinkerForConditionalGeneration
+
+    model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(lab / "token-1" / "model")
+    saved = load_file(lab / "token-1" / "model" / "model.safetensors")
+    assert (model.lm_head.weight == saved["lm_head.weight"]).all()
+    assert AutoTokenizer.from_pretrained(lab / "token-1" / "model").convert_tokens_to_ids("<|im_end|>") is not None
