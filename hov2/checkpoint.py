@@ -92,6 +92,7 @@ def export(policy, folder, name, dtype):
             _write_into_full(weights, folder, source)
         else:
             policy.thinker.save_pretrained(folder, state_dict=weights)
+            _edit_json(folder / "config.json", dtype=str(dtype).removeprefix("torch."))
         for path in source.iterdir():
             if path.is_file() and not path.name.endswith((".safetensors", ".index.json", ".bin")) and not (folder / path.name).exists():
                 shutil.copy(path, folder / path.name)
@@ -109,6 +110,10 @@ def hub_key(name):
         if name.startswith(inside):
             return outside + name.removeprefix(inside)
     return name
+
+
+def _edit_json(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values, indent=2) + "\n")
 
 
 def _write_into_full(weights, folder, source):

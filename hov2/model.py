@@ -6,7 +6,6 @@ interfaces: `Encoder` runs the towers once per clip, and an attention function t
 whom (`prefix.py` for training, `rollout.py` for decoding).
 """
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +19,9 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
-from hov2.distributed import compute_dtype, rank_zero_first, shard
+from hov2.distributed import compute_dtype, rank, rank_zero_first, shard
 
 ATTENTION = "hov2"  # our name in transformers' attention interface
 
@@ -67,6 +66,8 @@ def load_thinker(name, dtype, towers=True):
     Weights are `dtype`, towers frozen (and left out when `towers` is false: the reference model gets encodings made by
     the policy's). Raises ModelError for a name that is neither a folder nor reachable.
     """
+    if rank() != 0:
+        logging.disable_progress_bar()
     with rank_zero_first():  # one process downloads, the others find the files
         try:
             thinker = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(name, dtype=dtype)
@@ -123,13 +124,10 @@ def set_training(policy, training, gradient_checkpointing):
     Decoding must be in eval mode: in train mode transformers' checkpointing silently drops key-value caches.
     """
     policy.train(training)
-    if gradient_checkpointing:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            if training:
-                policy.thinker.activation_checkpointing_enable({"use_reentrant": False})
-            else:
-                policy.thinker.activation_checkpointing_disable()
+    if gradient_checkpointing and training:
+        policy.thinker.activation_checkpointing_enable({"use_reentrant": False})
+    elif gradient_checkpointing:
+        policy.thinker.activation_checkpointing_disable()
 
 
 @dataclass

@@ -186,7 +186,9 @@ CLIPS = {
 
 
 @pytest.mark.parametrize("name", CLIPS)
-def test_chosen_frames_are_exact(name, tmp_path, native):
+def test_chosen_frames_are_exact(name, tmp_path, native, monkeypatch):
+    if name != "bare.h264":
+        monkeypatch.delattr(media._Video, "_decode_through")  # these need no second try
     path = write_video(tmp_path / name, **CLIPS[name])
     frames = every_frame(path)
     with av.open(str(path)) as container:
@@ -206,7 +208,8 @@ def test_only_what_is_needed_is_decoded(tmp_path, monkeypatch):
     assert len(fed) <= 8 * 10
 
 
-def test_frames_hidden_by_an_edit_list_are_not_counted(tmp_path, native):
+def test_frames_hidden_by_an_edit_list_are_not_counted(tmp_path, native, monkeypatch):
+    monkeypatch.delattr(media._Video, "_decode_through")
     whole = write_video(tmp_path / "whole.mp4", count=40, options={"bf": "0", "g": "40"})
     with av.open(str(whole)) as old, av.open(str(tmp_path / "cut.mp4"), "w") as new:
         stream = new.add_stream_from_template(old.streams.video[0])
@@ -304,10 +307,11 @@ def test_resampling(rate, tmp_path):
     assert snr(tone(1000, 16000, 1.3)[: len(audio)][inner], audio[inner]) > 75
 
 
-def test_sound_above_the_new_band_is_gone(tmp_path):
-    samples = tone(11000, 48000, 1)
+@pytest.mark.parametrize("frequency, amplitude", [(7200, 0.5), (8200, 0)])
+def test_resampling_keeps_its_band_and_nothing_else(frequency, amplitude, tmp_path):
+    samples = tone(frequency, 48000, 1)
     audio = read_media(write_wav(tmp_path / "a.wav", samples[:, None], 48000, fmt="flt", codec="pcm_f32le")).audio
-    assert audio[1600:-1600].abs().max() < 1e-4
+    assert audio[1600:-1600].square().mean().mul(2).sqrt() == pytest.approx(amplitude, abs=1e-4)
 
 
 @pytest.mark.parametrize("rate", [4000, 16000])
@@ -361,11 +365,12 @@ def test_images_against_pillow(case, tmp_path, native):
         np.testing.assert_array_equal(result, expected)
 
 
-def test_image_size_and_name(tmp_path):
+def test_image_size_and_name(tmp_path, monkeypatch):
     png = base64.b64decode(next(case["file"] for case in PEERS["pictures"] if case["name"] == "rgb.png"))
+    monkeypatch.chdir(tmp_path)
     for name in ("a.png", "a%03d.png", "http:b.png", "no_extension", "wrong.jpg"):
-        (tmp_path / name).write_bytes(png)
-        assert read_media(tmp_path / name, min_pixels=16 * 28 * 28).frames.shape == (1, 3, 112, 140)
+        Path(name).write_bytes(png)
+        assert read_media(name, min_pixels=16 * 28 * 28).frames.shape == (1, 3, 112, 140)
 
 
 def test_animations_count_as_images(tmp_path, native):
@@ -379,7 +384,7 @@ def test_animations_count_as_images(tmp_path, native):
 @pytest.mark.parametrize("name", ["rgb.png", "420.jpg"])
 def test_half_an_image_is_refused(name, tmp_path):
     content = base64.b64decode(next(case["file"] for case in PEERS["pictures"] if case["name"] == name))
-    (tmp_path / name).write_bytes(content[: len(content) // 2 + 100])
+    (tmp_path / name).write_bytes(content[:-200])
     with pytest.raises(MediaError, match="corrupt image"):
         read_media(tmp_path / name)
 
@@ -497,9 +502,10 @@ def test_error_survives_a_worker_process():
     assert (error.path, error.reason, str(error)) == ("a.mp4", "is empty", "a.mp4: is empty")
 
 
-def test_nothing_is_fetched(tmp_path):
+def test_nothing_is_fetched(tmp_path, monkeypatch):
     """Files that refer to other places reach nothing but local files."""
-    requests = []
+    requests, options, av_open = [], [], av.open
+    monkeypatch.setattr(av, "open", lambda *a, **kwargs: options.append(kwargs["options"]) or av_open(*a, **kwargs))
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -521,7 +527,7 @@ def test_nothing_is_fetched(tmp_path):
                 read_media(tmp_path / name)
         with pytest.raises(MediaError, match="URL"):
             read_media(url)
-        assert requests == []
+        assert requests == [] and options == [{"protocol_whitelist": "file"}] * len(files)
         with pytest.raises(av.FFmpegError):  # the server and the playlist would work: without the whitelist it's asked
             av.open(str(tmp_path / "a.m3u8"), options={"protocol_whitelist": "file,http,tcp"})
         assert requests
@@ -607,7 +613,7 @@ def test_patches_one_by_one():
         patchify(torch.zeros(2, 3, 28, 42, dtype=torch.uint8))
 
 
-@pytest.mark.parametrize("length", [4000, 16001, 160 * 73 - 1, 400, 100])
+@pytest.mark.parametrize("length", [4000, 32000, 16001, 160 * 73 - 1, 400, 100])
 def test_log_mel_is_that_of_the_padded_extractor(length):
     extractor = WhisperFeatureExtractor(feature_size=128, sampling_rate=16000, hop_length=160, n_fft=400,
                                         chunk_length=300, dither=0.0)
