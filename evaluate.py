@@ -24,7 +24,8 @@ def main(config):
         toy.prepare(config)  # builds the toy's world for the toy's configs, and nothing for others
     run = start(config, device)
     samples = read_samples(config.data, config.seed)
-    evaluator = Evaluator(run, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size, temperature=config.temperature)
+    evaluator = Evaluator(run, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size,
+                          temperature=config.temperature)
     say(evaluator.scorer.note(samples))
     summary, records = evaluator.evaluate(samples)
     if distributed.rank() == 0:

@@ -15,9 +15,9 @@ One step, and the loop in `main` has the same headings:
 7. Update       `num_iterations` times: clipped policy gradient + KL over one global count of tokens
 8. Log          metrics, rollouts with every token's credit, held-out accuracy, checkpoint
 
-Unlike PPO there is no value network: the group's mean is the baseline. Unlike plain GRPO the advantage differs from token
-to token, the loss is summed over the tokens of the whole step, and the KL weight falls during training. The math is in
-hov2/grpo.py and nowhere else.
+Unlike PPO there is no value network: the group's mean is the baseline. Unlike plain GRPO the advantage differs from
+token to token, the loss is summed over the tokens of the whole step, and the KL weight falls during training. The math
+is in hov2/grpo.py and nowhere else.
 """
 
 import sys
@@ -123,7 +123,8 @@ def main(config):
                                        credit=config.credit)
         for i, group in enumerate(groups):
             masks = completion_masks(group, config.credit)
-            group.credits = {name: credit({name: of_groups[i].to(device)}, masks) for name, of_groups in advantages.items()}
+            group.credits = {name: credit({name: of_groups[i].to(device)}, masks)
+                             for name, of_groups in advantages.items()}
 
         # --- 7. Update: the same rollouts, num_iterations times -------------------------------------------------------
         num_items = items_of_step(groups, config)
@@ -131,7 +132,8 @@ def main(config):
             for iteration in range(config.num_iterations):
                 update, updates = step * config.num_iterations + iteration, steps * config.num_iterations
                 beta = kl_coef(update, updates, config.beta)
-                rate = optim.learning_rate(update, updates, config.learning_rate, config.lr_scheduler, config.warmup_steps)
+                rate = optim.learning_rate(update, updates, config.learning_rate, config.lr_scheduler,
+                                           config.warmup_steps)
                 for batch in batches:
                     policy.set_requires_gradient_sync(batch is batches[-1])
                     logps, entropies = forward(policy, batch, config)
@@ -177,7 +179,8 @@ def report(config, samples, steps):
         "prompts a step": f"{config.prompts_per_step} ({config.prompts_per_step // world} a rank, {world} ranks)",
         "gradient accumulation": -(-config.prompts_per_step // world // config.per_device_train_batch_size),
         "completions a step": config.prompts_per_step * config.num_generations,
-        "completion tokens a step": f"at most {config.prompts_per_step * config.num_generations * config.max_completion_length}",
+        "completion tokens a step":
+            f"at most {config.prompts_per_step * config.num_generations * config.max_completion_length}",
         "rewards": ", ".join(f"{name} x {weight:g}" for name, weight in config.reward_weights.items()),
     })
 
@@ -187,7 +190,8 @@ def sample_completions(run, groups, sampling, step):
     config = run.config
     generators = [make_generator(run.device, config.seed, step, group.index) for group in groups]
     with torch.no_grad(), distributed.unsharded(run.policy):  # weights gathered once: decoding talks to no other rank
-        rollouts = run.policy(generate, [group.prompt for group in groups], config.num_generations, sampling, generators)
+        rollouts = run.policy(generate, [group.prompt for group in groups], config.num_generations, sampling,
+                              generators)
     for group, rollout in zip(groups, rollouts):
         group.rollout = rollout
         group.token_bytes = completion_tokens(run.tokenizer, rollout)
@@ -218,8 +222,8 @@ def completion_masks(group, rule):
     """For each reach, which tokens it covers: {"full", "context", "logic"} of (G, C), zero on padding."""
     rows = [span_masks(tokens, rule) for tokens in group.token_bytes]
     width, device = group.mask.shape[1], group.mask.device
-    return {name: torch.stack([torch.nn.functional.pad(row[name], (0, width - len(row[name]))) for row in rows]).to(device)
-            for name in rows[0]}
+    return {name: torch.stack([torch.nn.functional.pad(row[name], (0, width - len(row[name])))
+                               for row in rows]).to(device) for name in rows[0]}
 
 
 def items_of_step(groups, config):
@@ -256,8 +260,8 @@ def log_update(means, group, metrics):
 
 def dump_record(step, group, config):
     """One line of rollouts.jsonl: the prompt's sample, and each completion with all that happened to its tokens."""
-    terms = token_terms(group.logps, group.old_logps, group.ref_logps, group.advantages, group.mask, epsilon=config.epsilon,
-                        epsilon_high=config.epsilon_high)
+    terms = token_terms(group.logps, group.old_logps, group.ref_logps, group.advantages, group.mask,
+                        epsilon=config.epsilon, epsilon_high=config.epsilon_high)
     per_token = {"logp": group.logps, "old_logp": group.old_logps, "ref_logp": group.ref_logps, "ratio": terms["ratio"],
                  "kl": terms["kl"], "clipped": terms["clipped_low"] | terms["clipped_high"]}
     per_token |= {f"credit/{name}": values for name, values in group.credits.items()}
@@ -267,14 +271,16 @@ def dump_record(step, group, config):
         completions.append({
             "text": text, "token_ends": ends, "token_ids": group.rollout.completion_ids[g, :len(tokens)].tolist(),
             "rewards": {name: scores[g].value for name, scores in group.scores.items()},
-            "judge_replies": {name: scores[g].raw for name, scores in group.scores.items() if scores[g].raw is not None},
+            "judge_replies": {name: scores[g].raw for name, scores in group.scores.items()
+                              if scores[g].raw is not None},
             "truncated": bool(group.rollout.truncated[g]),
-            "tokens": {name: rounded(values[g, :len(tokens)]) for name, values in per_token.items() if values is not None},
+            "tokens": {name: rounded(values[g, :len(tokens)]) for name, values in per_token.items()
+                       if values is not None},
         })
     sample = group.sample
-    return {"step": step, "sample": sample.id, "index": group.index, "problem": sample.problem, "options": sample.options,
-            "problem_type": sample.problem_type, "solution": sample.solution, "media": sample.paths,
-            "prompt_tokens": len(group.prompt.ids), "completions": completions}
+    return {"step": step, "sample": sample.id, "index": group.index, "problem": sample.problem,
+            "options": sample.options, "problem_type": sample.problem_type, "solution": sample.solution,
+            "media": sample.paths, "prompt_tokens": len(group.prompt.ids), "completions": completions}
 
 
 def rounded(values):

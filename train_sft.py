@@ -65,7 +65,8 @@ def main(config):
 
         # --- Log: metrics, held-out questions, checkpoint -------------------------------------------------------------
         metrics = means.reduce()
-        metrics |= {"learning_rate": rate, "grad_norm": grad_norm, "tokens": num_items, "prompts/replaced": len(loader.replaced)}
+        metrics |= {"learning_rate": rate, "grad_norm": grad_norm, "tokens": num_items,
+                    "prompts/replaced": len(loader.replaced)}
         log.write(step, metrics | held_out.after(step + 1, steps) | timer.pop())
         save_if_due(config, step + 1, steps, policy, optimizer, loader, held_out)
 
@@ -86,11 +87,12 @@ def label_logps(policy, micro_batch, config):
 
 
 def count_labels(run, prompt, completion):
-    """How many tokens of one sample are trained on: the assistant's, with `train_on_prompt` all text tokens but the first."""
+    """How many tokens of one sample are trained on: the assistant's, or all text but the first (`train_on_prompt`)."""
     count = torch.tensor(completion.numel(), device=completion.device)
     if run.config.train_on_prompt:
         config = run.policy.thinker.config
-        media = torch.tensor([config.image_token_id, config.video_token_id, config.audio_token_id], device=completion.device)
+        media = torch.tensor([config.image_token_id, config.video_token_id, config.audio_token_id],
+                             device=completion.device)
         count = count + (~torch.isin(prompt.ids[1:], media)).sum()
     return count
 

@@ -1,8 +1,9 @@
 """Checkpoints to resume from, and exports to use elsewhere.
 
 `checkpoint-N/` holds the trained weights and the optimiser's state, sharded (torch.distributed.checkpoint), and
-`state.json` with what the loop needs to go on: the number of steps done and the loader's position. Random numbers need no
-state: they come from (seed, step, sample). A checkpoint is written under another name and renamed when it is complete.
+`state.json` with what the loop needs to go on: the number of steps done and the loader's position. Random numbers need
+no state: they come from (seed, step, sample). A checkpoint is written under another name and renamed when it is
+complete.
 """
 
 import json
@@ -79,8 +80,8 @@ def resume(config, policy, optimizer, loader, held_out):
 def export(policy, folder, name, dtype):
     """Writes the policy as a Hugging Face folder like the one it came from: what went in comes out.
 
-    `name` is the model that the run began with. A thinker gives a thinker's folder; a full Qwen2.5-Omni checkpoint gives
-    a full one, its talker and vocoder copied. Weights are written as `dtype`; tokenizer and other small files are
+    `name` is the model that the run began with. A thinker gives a thinker's folder; a full Qwen2.5-Omni checkpoint
+    gives a full one, its talker and vocoder copied. Weights are written as `dtype`; tokenizer and other small files are
     copied. All ranks call it.
     """
     folder, source = Path(folder), source_folder(name)
@@ -94,7 +95,8 @@ def export(policy, folder, name, dtype):
             policy.thinker.save_pretrained(folder, state_dict=weights)
             _edit_json(folder / "config.json", dtype=str(dtype).removeprefix("torch."))
         for path in source.iterdir():
-            if path.is_file() and not path.name.endswith((".safetensors", ".index.json", ".bin")) and not (folder / path.name).exists():
+            weights_file = path.name.endswith((".safetensors", ".index.json", ".bin"))
+            if path.is_file() and not weights_file and not (folder / path.name).exists():
                 shutil.copy(path, folder / path.name)
     barrier()
 
@@ -105,8 +107,9 @@ def is_full_omni(folder):
 
 
 def hub_key(name):
-    """A thinker parameter's name in the published checkpoints: `model.language_model.X` is `model.X` there, and so on."""
-    for inside, outside in (("model.language_model.", "model."), ("model.visual.", "visual."), ("model.audio_tower.", "audio_tower.")):
+    """A thinker parameter's name in the published checkpoints: `model.language_model.X` is `model.X` there, etc."""
+    for inside, outside in (("model.language_model.", "model."), ("model.visual.", "visual."),
+                            ("model.audio_tower.", "audio_tower.")):
         if name.startswith(inside):
             return outside + name.removeprefix(inside)
     return name

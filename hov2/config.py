@@ -2,7 +2,8 @@
 
 `load_config(GRPOConfig, "configs/stage2.json", ["max_steps=4", "media.max_frames=16"])` reads a JSON file, applies
 `key=value` overrides (dots reach into nested objects, values are JSON or plain text) and returns a dataclass whose
-every field has the declared type. Anything else is one `ConfigError` that names the file, the key and what would be right.
+every field has the declared type. Anything else is one `ConfigError` that names the file, the key and what would be
+right.
 """
 
 import dataclasses
@@ -144,7 +145,8 @@ class GRPOConfig(TrainConfig):
         if judged and self.judge is None:
             raise ConfigError(f"reward_weights: {judged[0]!r} needs a judge; give one as `judge`, or leave it out")
         if self.num_generations < 2:
-            raise ConfigError(f"num_generations: at least 2, a group needs something to compare with; got {self.num_generations}")
+            raise ConfigError("num_generations: at least 2, a group needs something to compare with; "
+                              f"got {self.num_generations}")
         if self.temperature <= 0:
             raise ConfigError(f"temperature: greater than 0, equal completions teach nothing; got {self.temperature}")
 
@@ -217,7 +219,8 @@ def _build(cls, values, where):
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(hints))}"
             raise ConfigError(f"{where}: unknown key {key!r}; {hint}")
     missing = [f.name for f in dataclasses.fields(cls)
-               if f.name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+               if f.name not in values and f.default is dataclasses.MISSING
+               and f.default_factory is dataclasses.MISSING]
     if missing:
         raise ConfigError(f"{where}: missing key {missing[0]!r}")
     checked = {key: _check(hints[key], value, f"{where}: {key}") for key, value in values.items()}

@@ -88,8 +88,8 @@ def shard(policy, device, dtype, frozen):
     """FSDP2 over all ranks: each decoder layer is one unit, the rest (embeddings, norm, lm_head) belongs to the root.
 
     Parameters stay in the type they have (float32 masters when trained), compute is in `dtype`, gradients are reduced
-    in float32. `frozen` parameters (the towers) are kept whole on each rank, in `dtype`: a rank may run them whenever it
-    likes, without the others.
+    in float32. `frozen` parameters (the towers) are kept whole on each rank, in `dtype`: a rank may run them whenever
+    it likes, without the others.
     """
     thinker = policy.thinker
     for parameter in frozen:
@@ -97,7 +97,8 @@ def shard(policy, device, dtype, frozen):
     for buffer in thinker.buffers():
         buffer.data = buffer.data.to(device)
     mesh = init_device_mesh(device.type, (world_size(),))
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False)
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=None,
+                                     cast_forward_inputs=False)
     for layer in thinker.model.language_model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=precision)
     # the root keeps its weights through the backward pass: chunks of the head are recomputed with lm_head there

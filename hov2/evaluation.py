@@ -61,7 +61,8 @@ class Evaluator:
         generators = [make_generator(run.device, run.config.seed, 0, i) for i in prompts]
         rollouts = run.policy(generate, list(prompts.values()), 1, self.sampling, generators)
         texts = [completion_texts(completion_tokens(run.tokenizer, r), r.truncated)[0] for r in rollouts]
-        pending = [[self.scorer.submit(name, text, samples[i]) for name in self.scores] for i, text in zip(prompts, texts)]
+        pending = [[self.scorer.submit(name, text, samples[i]) for name in self.scores]
+                   for i, text in zip(prompts, texts)]
         for i, rollout, text, scores in zip(prompts, rollouts, texts, pending):
             values = {name: score.result().value for name, score in zip(self.scores, scores)}
             records[i] = _record(samples[i], text, bool(rollout.truncated[0]), values)
@@ -86,7 +87,8 @@ class HeldOut:
         summary, _ = self.evaluator.evaluate(self.samples)
         if summary["accuracy"] is not None and (self.best is None or summary["accuracy"] > self.best):
             self.best = summary["accuracy"]
-            export(self.run.policy, f"{config.output_dir}/best", config.model, compute_dtype(config.dtype, self.run.device))
+            export(self.run.policy, f"{config.output_dir}/best", config.model,
+                   compute_dtype(config.dtype, self.run.device))
         return {f"eval/{name}": summary[name] for name in ("accuracy", "format", "context", "unreadable")}
 
 

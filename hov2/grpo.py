@@ -32,10 +32,11 @@ def group_advantages(rewards, scale_rewards=False):
 
 
 def apply_gate(rewards, threshold):
-    """The gate: a context score at or below `threshold` zeroes accuracy and logic, a logic score at or below it accuracy.
+    """The gate: a context score up to `threshold` zeroes accuracy and logic, a logic score up to it zeroes accuracy.
 
-    rewards: {name: (N, G)}; the logic score that gates is the judge's, before the context gate zeroes it. Missing scores
-    gate nothing. Returns a new dict. Source: released code's option `markov_reward` (threshold 0.4), off by default.
+    rewards: {name: (N, G)}; the logic score that gates is the judge's, before the context gate zeroes it. Missing
+    scores gate nothing. Returns a new dict. Source: released code's option `markov_reward` (threshold 0.4), off by
+    default.
     """
     gated = dict(rewards)
     if "context" in rewards:
@@ -56,7 +57,7 @@ def full_reward(rewards, weights):
 
 
 def reward_advantages(rewards, weights, *, scale_rewards=False, credit="seen"):
-    """One advantage for each reach: {"full": A(R_full), "context": A(w_ctx r_ctx), "logic": A(w_log r_log)}, each (N, G).
+    """An advantage for each reach: {"full": A(R_full), "context": A(w_ctx r_ctx), "logic": A(w_log r_log)}, all (N, G).
 
     `credit="released"` puts A(R_full) in place of the judged rewards' own advantages, which is what the released code
     computes: there the judge's score itself never reaches the gradient.
@@ -64,7 +65,8 @@ def reward_advantages(rewards, weights, *, scale_rewards=False, credit="seen"):
     advantages = {"full": group_advantages(full_reward(rewards, weights), scale_rewards)}
     for name in JUDGED:
         if name in weights:
-            own = advantages["full"] if credit == "released" else group_advantages(weights[name] * rewards[name], scale_rewards)
+            own = (advantages["full"] if credit == "released" else
+                   group_advantages(weights[name] * rewards[name], scale_rewards))
             advantages[name] = own
     return advantages
 
@@ -97,9 +99,10 @@ def token_terms(per_token_logps, old_per_token_logps, ref_per_token_logps, advan
     """What one token contributes, before weights and sums.
 
     All tensors (B, C). `old_per_token_logps=None` is on-policy (ratio 1, its gradient that of the log-probs);
-    `ref_per_token_logps=None` gives KL 0. Returns {"ratio", "policy_loss", "kl", "clipped_low", "clipped_high"}, (B, C):
-    policy_loss = - min(ratio A, clip(ratio, 1 - eps_low, 1 + eps_high) A), kl = exp(d) - d - 1 with d = ref - logp (k3);
-    clipped_* mark the tokens where the clip takes the gradient away. Padding is masked before exp, so it can't overflow.
+    `ref_per_token_logps=None` gives KL 0. Returns {"ratio", "policy_loss", "kl", "clipped_low", "clipped_high"}, (B,
+    C): policy_loss = - min(ratio A, clip(ratio, 1 - eps_low, 1 + eps_high) A), kl = exp(d) - d - 1 with d = ref - logp
+    (k3); clipped_* mark the tokens where the clip takes the gradient away. Padding is masked before exp, so it can't
+    overflow.
     """
     keep = completion_mask.bool()
     old = per_token_logps.detach() if old_per_token_logps is None else old_per_token_logps
@@ -129,13 +132,13 @@ def grpo_loss(per_token_logps, old_per_token_logps, ref_per_token_logps, advanta
 
     | loss_type | each sequence | divided by |
     | --- | --- | --- |
-    | token (DAPO)  | sum of its tokens  | `num_items`: completion tokens of the whole optimiser step (default: the mask's sum) |
+    | token (DAPO)  | sum of its tokens  | `num_items`: completion tokens of the whole step (default: the mask's sum) |
     | grpo          | mean of its tokens | `num_items`: completions of the whole step (default: B) |
     | dr_grpo       | sum of its tokens  | `num_items` (default: B) times `max_completion_length` |
     | bnpo          | sum of its tokens  | the mask's sum, always: local, so it depends on how the step is split |
 
-    Returns (loss, metrics); metrics are detached means over the mask's tokens: `kl`, `clip_ratio/low`, `clip_ratio/high`.
-    Source: method.md "Loss"; equal to TRL's values and gradients with its plain k3 KL.
+    Returns (loss, metrics); metrics are detached means over the mask's tokens: `kl`, `clip_ratio/low`,
+    `clip_ratio/high`. Source: method.md "Loss"; equal to TRL's values and gradients with its plain k3 KL.
     """
     if beta and ref_per_token_logps is None:
         raise ValueError("beta is not 0, so ref_per_token_logps is needed")

@@ -1,8 +1,8 @@
 """Log-probabilities of chosen tokens from hidden states, without ever holding all logits.
 
-Full logits of a group are (G * C, V): 8 x 1024 x 152k floats are 5 GB. Here they exist for `chunk` tokens at a time, forward
-and backward (each piece is recomputed in the backward pass), so memory is O(chunk * V) and no work is added to the
-plain way except that recomputation.
+Full logits of a group are (G * C, V): 8 x 1024 x 152k floats are 5 GB. Here they exist for `chunk` tokens at a time,
+forward and backward (each piece is recomputed in the backward pass), so memory is O(chunk * V) and no work is added to
+the plain way except that recomputation.
 """
 
 import torch

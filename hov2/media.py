@@ -135,7 +135,7 @@ def frame_indices(total, video_fps, fps, max_frames):
         raise ValueError(f"can't choose frames: {total} in the video, at most {max_frames} wanted")
     if total == 1:
         return [0] * TEMPORAL
-    count = min(max(total / video_fps * fps, MIN_FRAMES), max_frames // TEMPORAL * TEMPORAL, total)
+    count = min(max(total / video_fps * fps, MIN_FRAMES), max_frames, total)
     count = math.floor(count / TEMPORAL) * TEMPORAL
     return torch.linspace(0, total - 1, count).round().long().tolist()  # rounds half to even
 
@@ -346,8 +346,8 @@ def _read_image(path, container, stream, size):
     full = re.sub(r"^(yuva?j?)4\d\d", r"\g<1>444", frame.format.name)
     frame = frame.reformat(format=full, interpolation="BILINEAR")
     alpha = [c for c in frame.format.components if c.is_alpha]
-    # RGBA goes on white; alpha of grey or palette images is dropped as by Pillow; a JPEG's "alpha" is CMYK's black
-    if alpha and len(frame.format.components) == 4 and stream.codec_context.name != "mjpeg":
+    # RGBA goes on white; alpha of grey or palette images is dropped as by Pillow; a CMYK JPEG has one that's always 255
+    if alpha and len(frame.format.components) == 4:
         pixels = frame.to_ndarray(format="rgba").astype(np.uint32)
         alpha = pixels[..., 3:]
         blend = pixels[..., :3] * alpha + 255 * (255 - alpha) + 128

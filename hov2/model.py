@@ -41,7 +41,7 @@ def attention(module, query, key, value, attention_mask, scaling=None, attend=No
 
 
 AttentionInterface.register(ATTENTION, attention)
-AttentionMaskInterface.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])  # else a padding mask is dropped unsaid
+AttentionMaskInterface.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])  # else padding masks are dropped unsaid
 
 
 class Policy(nn.Module):
@@ -109,13 +109,15 @@ def source_folder(name):
 
 def _explain(name):
     if Path(name).is_dir():
-        return f"{name}: the folder has no model or tokenizer that transformers can read (config.json, *.safetensors, tokenizer.json)"
+        return (f"{name}: the folder has no model or tokenizer that transformers can read "
+                "(config.json, *.safetensors, tokenizer.json)")
     return f"{name}: no such folder, and not to be had from the model hub (no network, or no such name)"
 
 
 def tower_parameters(thinker):
     """The frozen parameters, as a set; they are kept whole on every rank."""
-    return {p for tower in (thinker.model.visual, thinker.model.audio_tower) if tower is not None for p in tower.parameters()}
+    towers = (thinker.model.visual, thinker.model.audio_tower)
+    return {p for tower in towers if tower is not None for p in tower.parameters()}
 
 
 def set_training(policy, training, gradient_checkpointing):
@@ -216,7 +218,7 @@ def embed(thinker, ids, visual, audio):
 
 
 def decode(thinker, embeds, position_ids, attend):
-    """Hidden states (B, L, D) of the decoder on embeddings (B, L, D) at positions (3, B, L), with `attend` as attention.
+    """Hidden states (B, L, D) of the decoder on embeddings (B, L, D) at positions (3, B, L), with attention `attend`.
 
     The mask comes as a dict so that transformers builds none: `attend` alone decides who attends to whom.
     """

@@ -107,9 +107,9 @@ def _sees_prompt_and_own_past(completion_length, prompt_length, device):
 def group_logps(thinker, prompts, completions, temperature=1.0, chunk=128):
     """Per-token log-probs and entropies of each group's completions, in one forward pass.
 
-    prompts: list of Prompt; completions: one (G, C) tensor of ids for each. Returns two lists of (G, C) float32 tensors;
-    the log-probs carry gradients, the entropies don't. The first completion token is predicted by the prompt's last one,
-    for all G alike.
+    prompts: list of Prompt; completions: one (G, C) tensor of ids for each. Returns two lists of (G, C) float32
+    tensors; the log-probs carry gradients, the entropies don't. The first completion token is predicted by the prompt's
+    last one, for all G alike.
     """
     hidden, row = _hidden(thinker, prompts, completions)
     sources = torch.cat([_predictors(s) for s in row.segments]).to(hidden.device)
@@ -122,8 +122,8 @@ def group_logps(thinker, prompts, completions, temperature=1.0, chunk=128):
 def conversation_logps(thinker, prompts, completions, chunk=128):
     """Log-probs of every text token of the conversations, prompts included: one (tokens,) tensor for each prompt.
 
-    completions: (1, C) each. Left out are the first token, which nothing predicts, and the media tokens: as the released
-    SFT code does.
+    completions: (1, C) each. Left out are the first token, which nothing predicts, and the media tokens: as the
+    released SFT code does.
     """
     hidden, row = _hidden(thinker, prompts, completions)
     config = thinker.config

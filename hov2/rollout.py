@@ -127,7 +127,8 @@ class _Cache:
         def attend(layer, query, key, value, scale):
             own_k, own_v = self.own_keys[layer], self.own_values[layer]
             own_k[:, :, t], own_v[:, :, t] = key[:, :, 0], value[:, :, 0]
-            parts = [_decode_attention(query[r], *self.prompts[layer][p], own_k[r, :, :t + 1], own_v[r, :, :t + 1], scale)
+            parts = [_decode_attention(query[r], *self.prompts[layer][p], own_k[r, :, :t + 1], own_v[r, :, :t + 1],
+                                       scale)
                      for p, r in runs]
             return torch.cat(parts)
 
@@ -181,7 +182,8 @@ def _sample(logits, sampling, suppressed, generators, counts):
         probs = allowed.softmax(-1)
         if sampling.top_p < 1:  # the smallest set of tokens that reaches top_p: the first is always in
             probs = probs.masked_fill(probs.cumsum(-1) - probs >= sampling.top_p, 0.0)
-        noise = torch.cat([probs.new_empty(n, probs.shape[1]).exponential_(generator=g) for n, g in zip(counts, generators)])
+        noise = torch.cat([probs.new_empty(n, probs.shape[1]).exponential_(generator=g)
+                           for n, g in zip(counts, generators)])
         token = (probs / noise).argmax(-1)
         token = token if ids is None else ids.gather(-1, token[:, None])[:, 0]
     return token, logits.gather(-1, token[:, None])[:, 0] - normaliser

@@ -1,7 +1,7 @@
 """One place that scores a completion: rule rewards at once, judged ones by asking the judge.
 
-Three outcomes are kept apart: a number; *missing* (the judge was asked and gave none); and not applicable (a sample whose
-solution has no context can't have a context reward).
+Three outcomes are kept apart: a number; *missing* (the judge was asked and gave none); and not applicable (a sample
+whose solution has no context can't have a context reward).
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -52,7 +52,8 @@ class Scorer:
         if name == "format":
             return self._by_rule(format_reward, text, self.format_rule)
         if name == "accuracy":
-            return self._by_rule(accuracy_reward, text, sample.solution, sample.problem_type, self.judge, evaluation=self.evaluation)
+            return self._by_rule(accuracy_reward, text, sample.solution, sample.problem_type, self.judge,
+                                 evaluation=self.evaluation)
         if name == "context":
             return Pending(self.judge.submit_context(text, sample.solution), _of_reply)
         return Pending(self.judge.submit_logic(text), _of_reply)
@@ -67,7 +68,9 @@ class Scorer:
     def note(self, samples):
         """What a reader of the log should know about how these samples are scored, or ""."""
         free = sum(sample.problem_type == "free-form" for sample in samples)
-        return f"no judge: {free} free-form answers are scored by their overlap (ROUGE-L)" if free and self.judge is None else ""
+        if not free or self.judge is not None:
+            return ""
+        return f"no judge: {free} free-form answers are scored by their overlap (ROUGE-L)"
 
     def _by_rule(self, reward, *arguments, **options):
         return Pending(self._pool.submit(reward, *arguments, **options), _of_value)

@@ -42,7 +42,8 @@ def start(config, device):
     policy = load_policy(config, device)
     encoder = Encoder(policy.thinker, device, config.encoding_cache)
     make = functools.partial(make_inputs, tokenizer=tokenizer, prompts=prompts, media_config=config.media,
-                             max_prompt_length=config.max_prompt_length, on_long_prompt=config.on_long_prompt, known=encoder.known)
+                             max_prompt_length=config.max_prompt_length, on_long_prompt=config.on_long_prompt,
+                             known=encoder.known)
     return Run(config, device, policy, tokenizer, make, encoder, judge)
 
 

@@ -91,7 +91,8 @@ def text_offsets(token_bytes):
 
 def completion_tokens(tokenizer, rollout):
     """The tokens of each completion of a `rollout.Rollout` up to its end, as bytes: a list for each of the G rows."""
-    return [token_bytes_of(tokenizer, ids[mask].tolist()) for ids, mask in zip(rollout.completion_ids, rollout.completion_mask)]
+    return [token_bytes_of(tokenizer, ids[mask].tolist())
+            for ids, mask in zip(rollout.completion_ids, rollout.completion_mask)]
 
 
 def completion_texts(token_bytes, truncated):

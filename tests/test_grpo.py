@@ -51,7 +51,8 @@ def test_fewer_than_two_present_values_give_no_advantage(scale):
     assert group_advantages(tensor([[NAN, 0.7, NAN], [NAN, NAN, NAN]]), scale).tolist() == [[0, 0, 0], [0, 0, 0]]
 
 
-@pytest.mark.parametrize("case", [c for c in GOLDEN["advantage_cases"] if c["multi_objective_aggregation"] == "sum_then_normalize"
+@pytest.mark.parametrize("case", [c for c in GOLDEN["advantage_cases"]
+                                  if c["multi_objective_aggregation"] == "sum_then_normalize"
                                   and c["scale_rewards"] in ("none", "group")], ids=lambda c: c["name"])
 def test_advantages_equal_trl(case):
     rewards = tensor([[NAN if r is None else r for r in row] for row in case["rewards_per_func"]])
@@ -88,12 +89,14 @@ def test_credit_adds_each_advantage_where_its_reward_reaches():
     assert credit(advantages, MASKS).tolist() == [[0.625, 0.625, 0.375, 0.5], [-0.5] * 4]
 
 
-@pytest.mark.parametrize("name, moved", [("format", [0, 1, 2, 3]), ("accuracy", [0, 1, 2, 3]), ("context", [0, 1]), ("logic", [0, 1, 2])])
+@pytest.mark.parametrize("name, moved", [("format", [0, 1, 2, 3]), ("accuracy", [0, 1, 2, 3]), ("context", [0, 1]),
+                                         ("logic", [0, 1, 2])])
 def test_each_reward_moves_only_the_tokens_it_may(name, moved):
     weights = {"format": 1.0, "accuracy": 1.0, "context": 1.0, "logic": 1.0}
     base = {key: tensor([[0.5, 0.5]]) for key in weights}
     changed = base | {name: tensor([[1.0, 0.5]])}
-    before, after = (credit({k: a[0] for k, a in reward_advantages(r, weights).items()}, MASKS) for r in (base, changed))
+    before, after = (credit({k: a[0] for k, a in reward_advantages(r, weights).items()}, MASKS)
+                     for r in (base, changed))
     assert (after[0] - before[0]).nonzero().flatten().tolist() == moved
     assert after[0, 0] == 0.25 * 1  # 1 - mean(1, 0.5)
 
@@ -107,7 +110,8 @@ def test_released_credit_never_sees_the_judges_scores():
 
 
 def test_two_rewards_have_no_judged_advantages():
-    assert reward_advantages({"format": tensor([[1, 0]]), "accuracy": tensor([[1, 0]])}, {"format": 1.0, "accuracy": 1.0}).keys() == {"full"}
+    rewards = {"format": tensor([[1, 0]]), "accuracy": tensor([[1, 0]])}
+    assert reward_advantages(rewards, {"format": 1.0, "accuracy": 1.0}).keys() == {"full"}
 
 
 # --- loss -------------------------------------------------------------------------------------------------------------
@@ -115,7 +119,8 @@ def test_two_rewards_have_no_judged_advantages():
 
 def test_loss_by_hand():
     logps, old = tensor([[math.log(0.5), math.log(0.4)]]), tensor([[math.log(0.25), math.log(0.5)]])
-    # ratios 2 and 0.8; A = 1: min(2, 1.2) = 1.2 (clipped), min(0.8, 0.8) = 0.8; k3 with ref = old: 0.5 - 1 + log 2, 1.25 - 1 - log 1.25
+    # ratios 2 and 0.8; A = 1: min(2, 1.2) = 1.2 (clipped), min(0.8, 0.8) = 0.8;
+    # k3 with ref = old: 0.5 - 1 + log 2, 1.25 - 1 - log 1.25
     kl = (0.5 + math.log(2) - 1, 1.25 - math.log(1.25) - 1)
     loss, metrics = grpo_loss(logps, old, old, tensor([1.0]), torch.ones(1, 2), beta=0.1)
     assert loss.item() == pytest.approx((-1.2 - 0.8 + 0.1 * sum(kl)) / 2)
@@ -133,14 +138,16 @@ def test_clip_metrics_mark_tokens_without_gradient():
 
 
 def test_epsilon_high_raises_the_upper_bound_only():
-    terms = token_terms(tensor([[0.25, -0.25]]), tensor([[0, 0]]), None, tensor([[1, -1]]), torch.ones(1, 2), epsilon=0.2, epsilon_high=0.3)
+    terms = token_terms(tensor([[0.25, -0.25]]), tensor([[0, 0]]), None, tensor([[1, -1]]), torch.ones(1, 2),
+                        epsilon=0.2, epsilon_high=0.3)
     assert terms["clipped_high"].tolist() == [[False, False]] and terms["clipped_low"].tolist() == [[False, True]]
 
 
 @pytest.mark.parametrize("loss_type, divisor", [("token", 5), ("bnpo", 5), ("dr_grpo", 2 * 8)])
 def test_normalisers(loss_type, divisor):
     mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]])
-    loss, _ = grpo_loss(torch.zeros(2, 4), None, None, torch.tensor([1.0, 3.0]), mask, beta=0, loss_type=loss_type, max_completion_length=8)
+    loss, _ = grpo_loss(torch.zeros(2, 4), None, None, torch.tensor([1.0, 3.0]), mask, beta=0, loss_type=loss_type,
+                        max_completion_length=8)
     assert loss.item() == pytest.approx(-(4 * 1 + 1 * 3) / divisor)
 
 
@@ -158,7 +165,8 @@ def test_accumulated_pieces_equal_one_batch(loss_type):
     items = mask.sum() if loss_type == "token" else 6
     kwargs = {"loss_type": loss_type, "max_completion_length": 7}
     whole, _ = grpo_loss(logps, old, ref, advantages, mask, **kwargs)
-    pieces = [grpo_loss(*(x[i:i + 2] for x in (logps, old, ref, advantages, mask)), num_items=items, **kwargs)[0] for i in (0, 2, 4)]
+    pieces = [grpo_loss(*(x[i:i + 2] for x in (logps, old, ref, advantages, mask)), num_items=items, **kwargs)[0]
+              for i in (0, 2, 4)]
     torch.testing.assert_close(sum(pieces), whole)
 
 
@@ -180,14 +188,16 @@ def test_loss_and_gradients_equal_trl(case):
     logps = tensor(inputs["logps"]).requires_grad_()
     loss_type = {"dapo": "token"}.get(config["loss_type"], config["loss_type"])
     loss, metrics = grpo_loss(
-        logps, tensor(inputs["old_logps"]) if case["use_old"] else None, tensor(inputs["ref_logps"]) if config["beta"] else None,
-        tensor(inputs["advantages"]), tensor(inputs["mask"]), beta=config["beta"], epsilon=config["epsilon"], loss_type=loss_type,
+        logps, tensor(inputs["old_logps"]) if case["use_old"] else None,
+        tensor(inputs["ref_logps"]) if config["beta"] else None, tensor(inputs["advantages"]), tensor(inputs["mask"]),
+        beta=config["beta"], epsilon=config["epsilon"], loss_type=loss_type,
         max_completion_length=GOLDEN["shapes"]["max_completion_length"])
     loss.backward()
     expected = case["expected"]
     assert loss.item() == pytest.approx(expected["loss"], rel=1e-6, abs=1e-8)
     torch.testing.assert_close(logps.grad, tensor(expected["grad_logps"]), atol=1e-7, rtol=1e-6)
-    recorded = {key: value for key, value in expected["metrics"].items() if key in ("kl", "clip_ratio/low_mean", "clip_ratio/high_mean")}
+    recorded = {key: value for key, value in expected["metrics"].items()
+                if key in ("kl", "clip_ratio/low_mean", "clip_ratio/high_mean")}
     assert len(recorded) >= 2
     for key, value in recorded.items():
         assert metrics[key.removesuffix("_mean")].item() == pytest.approx(value, rel=1e-5, abs=1e-7), key

@@ -15,7 +15,8 @@ CASES = {"video and sound": {}, "image and sound": {"kind": "image", "frames": 2
 
 def both_ways(thinker, inputs, completions, temperature):
     """[(G, C)] the plain way and hov2's."""
-    plain = [torch.stack([separate_logps(thinker, i, row, temperature) for row in c]) for i, c in zip(inputs, completions)]
+    plain = [torch.stack([separate_logps(thinker, i, row, temperature) for row in c])
+             for i, c in zip(inputs, completions)]
     encoder = Encoder(thinker, torch.device("cpu"))
     ours, _ = group_logps(thinker, [encoder(i) for i in inputs], completions, temperature, chunk=4)
     return plain, ours
@@ -50,7 +51,8 @@ def test_gradients_equal_separate_rows(checkpointing):
     largest = max(g.abs().max() for g in gradients[0].values())
     for name, expected in gradients[0].items():
         assert expected is not None, name
-        torch.testing.assert_close(gradients[1][name], expected, atol=float(largest) * 1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(gradients[1][name], expected, atol=float(largest) * 1e-5, rtol=0,
+                                   msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_interleaved_audio_positions_are_passed_on():

@@ -1,4 +1,4 @@
-"""Decoding: the tokens and log-probs of the shared cache are those of the plain model, alone or beside other prompts."""
+"""Decoding: the tokens and log-probs of the shared cache are the plain model's, alone or beside other prompts."""
 
 import torch
 from helpers import tiny_thinker, tiny_tokenizer
@@ -38,7 +38,8 @@ def test_greedy_equals_transformers_generate():
         input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values_videos=inputs.pixel_values,
         video_grid_thw=inputs.shape.grid_thw, video_second_per_grid=torch.tensor([inputs.shape.second_per_grid]),
         input_features=inputs.mel[None], feature_attention_mask=torch.ones(1, inputs.mel.shape[1], dtype=torch.long),
-        do_sample=False, max_new_tokens=20, suppress_tokens=media, eos_token_id=settings(thinker).stop_ids)[0, len(ids[0]):]
+        do_sample=False, max_new_tokens=20, suppress_tokens=media,
+        eos_token_id=settings(thinker).stop_ids)[0, len(ids[0]):]
     n = len(theirs)
     assert len(set(theirs.tolist())) > 3
     assert ours.completion_ids[0, :n].tolist() == theirs.tolist() == ours.completion_ids[1, :n].tolist()
@@ -54,8 +55,8 @@ def test_sampler_log_probs_equal_teacher_forced_ones():
         logps, _ = group_logps(thinker, prompts, [r.completion_ids for r in rollouts], temperature=0.9)
         for rollout, expected in zip(rollouts, logps):
             assert rollout.completion_mask.sum() > 20
-            torch.testing.assert_close(rollout.sampling_logps * rollout.completion_mask, expected * rollout.completion_mask,
-                                       atol=2e-5, rtol=0)
+            torch.testing.assert_close(rollout.sampling_logps * rollout.completion_mask,
+                                       expected * rollout.completion_mask, atol=2e-5, rtol=0)
 
 
 def test_a_prompt_gets_the_same_tokens_alone_and_beside_others():
@@ -72,8 +73,10 @@ def test_a_prompt_gets_the_same_tokens_alone_and_beside_others():
 def test_mask_ends_with_the_first_stop_token():
     thinker = peaked_thinker()
     stops = settings(thinker).stop_ids
-    for rollout in generate(thinker, random_prompts(thinker, 3), 4, settings(thinker, max_completion_length=40), generators(3)):
-        for ids, mask, cut in zip(rollout.completion_ids.tolist(), rollout.completion_mask.tolist(), rollout.truncated.tolist()):
+    sampling = settings(thinker, max_completion_length=40)
+    for rollout in generate(thinker, random_prompts(thinker, 3), 4, sampling, generators(3)):
+        for ids, mask, cut in zip(rollout.completion_ids.tolist(), rollout.completion_mask.tolist(),
+                                  rollout.truncated.tolist()):
             n = sum(mask)
             assert mask == [True] * n + [False] * (len(mask) - n)
             assert not any(i in stops for i in ids[:n - 1])
@@ -84,7 +87,8 @@ def test_media_placeholders_and_unknown_rows_are_never_sampled():
     thinker = use_hov2_attention(tiny_thinker(vocab=420))
     sampling = settings(thinker, temperature=5.0)
     config = thinker.config
-    forbidden = {config.image_token_id, config.video_token_id, config.audio_token_id, *range(len(tiny_tokenizer()), 420)}
+    forbidden = {config.image_token_id, config.video_token_id, config.audio_token_id,
+                 *range(len(tiny_tokenizer()), 420)}
     assert set(sampling.suppressed_ids.tolist()) == forbidden
     logits = torch.zeros(5000, 420)
     tokens, _ = _sample(logits, sampling, sampling.suppressed_ids, generators(1), [5000])
@@ -97,7 +101,8 @@ def test_sampling_follows_top_k_top_p_and_temperature():
     logits = probs.log().repeat(40000, 1)
 
     def shares(**kwargs):
-        tokens, _ = _sample(logits, settings(thinker, **kwargs), torch.tensor([], dtype=torch.long), generators(1), [40000])
+        tokens, _ = _sample(logits, settings(thinker, **kwargs), torch.tensor([], dtype=torch.long),
+                            generators(1), [40000])
         return torch.bincount(tokens, minlength=4) / 40000
 
     torch.testing.assert_close(shares(), probs, atol=0.01, rtol=0)

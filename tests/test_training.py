@@ -1,4 +1,4 @@
-"""Whole runs of train_sft.py and train_grpo.py: 1 process equals 2, accumulation equals one batch, resume equals going on."""
+"""Whole runs of train_sft.py and train_grpo.py: 1 process equals 2, accumulation one batch, resume going on."""
 
 import json
 import os
@@ -22,10 +22,11 @@ def lab(tmp_path_factory):
     tiny_thinker(layers=2).save_pretrained(lab / "model")
     tiny_tokenizer().save_pretrained(lab / "model")
     write_data(lab)
-    base = {"model": str(lab / "model"), "data": [{"path": str(lab / "data.jsonl")}], "output_dir": "", "max_steps": STEPS, "num_train_epochs": 2,
-            "learning_rate": 1e-4, "media": {"fps": 4, "max_frames": 4}, "prompts": None}
-    grpo = base | {"prompts_per_step": 4, "num_generations": 4, "num_iterations": 2, "max_completion_length": 10, "top_k": 0,
-                   "reward_weights": {"format": 1.0, "accuracy": 1.0, "context": 1.0}, "judge": {"url": "http://stand-in"}}
+    base = {"model": str(lab / "model"), "data": [{"path": str(lab / "data.jsonl")}], "output_dir": "",
+            "max_steps": STEPS, "num_train_epochs": 2, "learning_rate": 1e-4, "media": {"fps": 4, "max_frames": 4}, "prompts": None}
+    grpo = base | {"prompts_per_step": 4, "num_generations": 4, "num_iterations": 2, "max_completion_length": 10,
+                   "top_k": 0, "reward_weights": {"format": 1.0, "accuracy": 1.0, "context": 1.0},
+                   "judge": {"url": "http://stand-in"}}
     (lab / "sft.json").write_text(json.dumps(base | {"samples_per_step": 4}))
     (lab / "grpo.json").write_text(json.dumps(grpo))
     launch(lab, 1, single_process_runs(lab))
@@ -42,8 +43,8 @@ def single_process_runs(lab):
     for kind in LOSSES:
         runs.append(run(lab, "grpo", f"{kind}-1", f"loss_type={kind}", "save_steps=1"))
         runs.append(run(lab, "grpo", f"{kind}-batch", f"loss_type={kind}", "per_device_train_batch_size=3"))
-    runs.append(run(lab, "grpo", "bnpo", "loss_type=bnpo", "beta=0.0", "scale_rewards=true", "credit=released", "max_steps=1",
-                    "gate_threshold=0.4"))
+    runs.append(run(lab, "grpo", "bnpo", "loss_type=bnpo", "beta=0.0", "scale_rewards=true", "credit=released",
+                    "max_steps=1", "gate_threshold=0.4"))
     runs.append(run(lab, "grpo", "masked", "mask_truncated_completions=true", "max_steps=1"))
     return runs
 
@@ -59,8 +60,8 @@ def launch(lab, processes, runs):
     launcher = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
                                                         "--nproc_per_node", str(processes)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([*launcher, str(ROOT / "tests" / "train_runs.py"), str(lab / "runs.json")], cwd=ROOT, env=environment,
-                          capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run([*launcher, str(ROOT / "tests" / "train_runs.py"), str(lab / "runs.json")], cwd=ROOT,
+                          env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout
 
@@ -72,7 +73,8 @@ def write_data(lab):
         kind = ("video", "video", "image", "text")[i % 4]
         record = {"id": f"s{i}", "problem": "What does the speaker intend?" + " Well?" * i, "problem_type": "multiple choice",
                   "options": ["A. joke", "B. threat"], "data_type": kind,
-                  "solution": f"<context>A man smiles {i}.</context><think>He is joking.</think><answer>{'AB'[i % 2]}</answer>"}
+                  "solution": f"<context>A man smiles {i}.</context><think>He is joking.</think>"
+                              f"<answer>{'AB'[i % 2]}</answer>"}
         if kind == "video":
             record["path"] = Path(synth_clip(lab / f"{i}.mp4", sound=i % 4 == 0, seed=i)).name
         if kind == "image":
@@ -150,7 +152,8 @@ def test_dump_holds_every_token_with_its_credit(lab):
             n = len(completion["token_ids"])
             assert completion["token_ends"][-1] == len(completion["text"])
             assert {len(values) for values in completion["tokens"].values()} == {n}
-            assert {"logp", "old_logp", "ref_logp", "ratio", "kl", "clipped", "credit/full", "credit/context"} <= completion["tokens"].keys()
+            assert {"logp", "old_logp", "ref_logp", "ratio", "kl", "clipped", "credit/full",
+                    "credit/context"} <= completion["tokens"].keys()
     full = [c["tokens"]["credit/full"][0] for c in records[0]["completions"]]
     assert abs(sum(full)) < 1e-4 and max(full) > 0  # rewards minus their mean
 
@@ -166,7 +169,8 @@ def test_other_switches_run(lab):
 
 def test_masked_truncated_completions_teach_nothing(lab):
     line = metrics(lab, "masked")[0]
-    assert line["completions/clipped_ratio"] == 1 and line["loss"] == 0 and line["grad_norm"] == 0 and line["kl"] is None
+    assert line["completions/clipped_ratio"] == 1 and line["kl"] is None
+    assert line["loss"] == 0 and line["grad_norm"] == 0
 
 
 def test_export_loads_in_transformers(lab):
