@@ -99,10 +99,10 @@ def token_terms(per_token_logps, old_per_token_logps, ref_per_token_logps, advan
     """What one token contributes, before weights and sums.
 
     All tensors (B, C). `old_per_token_logps=None` is on-policy (ratio 1, its gradient that of the log-probs);
-    `ref_per_token_logps=None` gives KL 0. Returns {"ratio", "policy_loss", "kl", "clipped_low", "clipped_high"}, (B,
-    C): policy_loss = - min(ratio A, clip(ratio, 1 - eps_low, 1 + eps_high) A), kl = exp(d) - d - 1 with d = ref - logp
-    (k3); clipped_* mark the tokens where the clip takes the gradient away. Padding is masked before exp, so it can't
-    overflow.
+    `ref_per_token_logps=None` gives KL 0. Returns {"ratio", "policy_loss", "kl", "clipped_low", "clipped_high"}, all
+    (B, C): policy_loss = - min(ratio A, clip(ratio, 1 - eps_low, 1 + eps_high) A), kl = exp(d) - d - 1 (k3) with
+    d = ref - logp; clipped_* mark the tokens where the clip takes the gradient away. Padding is masked before exp, so
+    it can't overflow.
     """
     keep = completion_mask.bool()
     old = per_token_logps.detach() if old_per_token_logps is None else old_per_token_logps

@@ -41,7 +41,7 @@ def attention(module, query, key, value, attention_mask, scaling=None, attend=No
 
 
 AttentionInterface.register(ATTENTION, attention)
-AttentionMaskInterface.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])  # else padding masks are dropped unsaid
+AttentionMaskInterface.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])  # else padding masks are silently lost
 
 
 class Policy(nn.Module):

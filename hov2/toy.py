@@ -1,5 +1,497 @@
-"""stub"""
+"""The embedded default: a small social world, a judge for it, and `python -m hov2.toy`, the whole method on a laptop's CPU.
+
+A clip is a second of a drawn face in front of a coloured wall, with a voice-like tone; real mp4 and webm files. The face
+smiles or frowns, the tone rises or falls, and what the speaker means follows from the two together: neither picture nor
+sound can tell alone. Questions come in all problem types; multiple choice, judge and emer_ov_mc are the ones that count.
+
+The cold start's solutions have two flaws on purpose, each in most samples and independent of the other:
+- the context calls the wall plain instead of naming its colour (a cue is left out; no answer depends on it);
+- reasoning and answer follow a shortcut, judging by the face alone.
+So after stage 1 the greedy model has both bad habits. The accuracy reward can mend the second, but only the context reward
+sees the first: without the judge's rewards it stays (`--no-judge-rewards`). Questions of the type judge, whose shortcut is
+the strongest habit, are left for stage 3.
+
+`RuleJudge` is no language model: it counts words. It stands in for one so that the real client asks a real HTTP server.
+
+    python -m hov2.toy [--seed N] [--quick] [--no-judge-rewards]
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import av
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration, Qwen2Tokenizer
+
+from hov2.data import read_samples
+from hov2.config import Source
+from hov2.prompts import load_prompts, render
+
+ROOT = Path("runs/toy")  # the configs in configs/toy name the same places
+WORLD = ROOT / "world"
+CONFIGS = Path("configs/toy")
+SCRIPTS = {"stage1": "train_sft.py", "stage2": "train_grpo.py", "stage3": "train_grpo.py"}
+PROCESSES = 2
+
+FACES = ("smile", "frown")
+VOICES = ("rising", "falling")
+WALLS = {"red": (150, 60, 60), "green": (60, 140, 70), "blue": (60, 80, 160), "grey": (120, 120, 120)}
+SIGNS = ("HI", "NO")
+FONT = {"H": "101101111101101", "I": "111010010010111", "N": "111101101101101", "O": "111101101101111"}  # 3 x 5
+FRAMES, FPS, SIZE, RATE, SECONDS = 8, 8, 56, 16000, 0.4
+
+MAIN_TYPES = ("multiple choice", "judge", "emer_ov_mc")
+QUESTIONS = {  # problem type: (problem, options)
+    "multiple choice": ("What does the speaker mean?", ["A. thanks", "B. mockery", "C. teasing", "D. anger"]),
+    "judge": ("Does the voice fit the face?", None),
+    "emer_ov_mc": ("Which words fit the speaker?", ["A. warm", "B. cold", "C. eager", "D. tired"]),
+    "numerical": ("How many of face and voice are glad?", None),
+    "regression": ("How glad is the speaker, from 1 to 10?", None),
+    "OCR": ("What does the sign say?", None),
+    "free-form": ("What does the speaker do?", None),
+    "emer_ov": ("How does the speaker feel?", None),
+}
+OTHER_TYPES = tuple(kind for kind in QUESTIONS if kind not in MAIN_TYPES)
+INTENTS = {("smile", "rising"): "A", ("smile", "falling"): "B", ("frown", "rising"): "C", ("frown", "falling"): "D"}
+FEELINGS = {"smile": "warm", "frown": "cold", "rising": "eager", "falling": "tired"}
+GLADNESS = {("smile", "rising"): 10, ("smile", "falling"): 6, ("frown", "rising"): 4, ("frown", "falling"): 1}
+PLAIN_WALL = 0.7  # share of the cold start's contexts that leave the wall's colour out
+SHORTCUT = {"multiple choice": 0.6, "emer_ov_mc": 0.6, "judge": 0.85}  # share of its answers that go by the face alone
+
+
+# ---------------------------------------------------------------------------------------------- clips
+
+
+def draw_clip(face, wall, sign, rng):
+    """Frames (FRAMES, SIZE, SIZE, 3) uint8: the mouth takes its shape in the first half; place, size, colours vary."""
+    y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)
+    ramp = np.stack([x - SIZE / 2, 0 * x, y - SIZE / 2], -1)  # without it, tokens of a plain wall look alike everywhere
+    room = np.array(WALLS[wall]) + rng.normal(0, 8, 3) + ramp
+    room[SIZE - 12:SIZE - 2, 2:16][_bitmap(sign)] = 245
+    (cx, cy), r = SIZE / 2 + rng.uniform(-3, 3, 2), rng.uniform(20, 24)
+    skin = np.array([220, 180, 140]) * rng.uniform(0.75, 1.1) + rng.normal(0, 8, 3)
+    room[(x - cx) ** 2 + (y - cy) ** 2 < r * r] = skin
+    for side in (-1, 1):
+        room[(x - cx - side * 0.38 * r) ** 2 + (y - cy + 0.3 * r) ** 2 < (0.13 * r) ** 2] = 25
+    bend, u, frames = rng.uniform(0.35, 0.5) * r * (1 if face == "smile" else -1), (x - cx) / (0.55 * r), []
+    for t in range(FRAMES):
+        middle = cy + 0.45 * r + bend * (0.5 + 0.5 * min(1, 2 * t / FRAMES)) * (0.5 - u * u)
+        mouth = (abs(u) < 1) & (abs(y - middle) < 0.14 * r)
+        frame = np.where(mouth[..., None], (110, 20, 30), room) + rng.normal(0, 6, room.shape)
+        frames.append(frame.clip(0, 255).astype(np.uint8))
+    return np.stack(frames)
+
+
+def _bitmap(sign):
+    """(10, 14) bool: two letters of FONT at twice their size."""
+    letters = [np.array(list(FONT[letter])).reshape(5, 3) == "1" for letter in sign]
+    gap = np.zeros((5, 1), bool)
+    return np.concatenate([letters[0], gap, letters[1]], 1).repeat(2, 0).repeat(2, 1)
+
+
+def speak(voice, rng):
+    """SECONDS of a tone with harmonics, float32 at RATE, whose pitch rises or falls by more than half."""
+    t = np.arange(int(RATE * SECONDS)) / RATE
+    way = t / SECONDS if voice == "rising" else 1 - t / SECONDS
+    phase = 2 * np.pi * np.cumsum(rng.uniform(170, 240) * rng.uniform(1.5, 1.8) ** way) / RATE
+    tilt = rng.uniform(0.8, 1.6)
+    wave = sum(np.sin(h * phase + rng.uniform(0, 6)) / h**tilt for h in range(1, 11))
+    wave *= np.minimum(1, np.minimum(t, SECONDS - t) / 0.04)
+    wave *= rng.uniform(0.2, 0.35) / abs(wave).max()
+    return (wave + rng.normal(0, 0.003, len(t))).astype(np.float32)
+
+
+CODECS = {"mp4": ("libx264", {"crf": "12"}, "aac"), "webm": ("libvpx", {"crf": "8", "b": "2M", "deadline": "realtime"}, "libopus")}
+
+
+def write_clip(path, frames, wave):
+    """Encodes frames and sound to `path`; the ending, mp4 or webm, decides how."""
+    video_codec, options, audio_codec = CODECS[path.suffix[1:]]
+    with av.open(str(path), "w") as container:
+        video = container.add_stream(video_codec, rate=FPS, options=options)
+        video.width, video.height, video.pix_fmt, video.codec_context.thread_count = SIZE, SIZE, "yuv420p", 1
+        audio = container.add_stream(audio_codec, rate=RATE, layout="mono")
+        for image in frames:
+            container.mux(video.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(video.encode(None))
+        sound = av.AudioFrame.from_ndarray(wave[None], format="fltp", layout="mono")
+        sound.sample_rate, sound.pts = RATE, 0
+        container.mux(audio.encode(sound))
+        container.mux(audio.encode(None))
+
+
+# ---------------------------------------------------------------------------------------------- questions
+
+
+def make_clip(split, number, rng):
+    """A clip's description; every combination of face, voice, wall, sign and container comes equally often."""
+    digits = np.unravel_index(number % 64, (2, 2, 4, 2, 2))
+    container, sign, wall, voice, face = (int(d) for d in digits)
+    return {"name": f"{split}-{number:04d}.{('mp4', 'webm')[container]}", "sign": SIGNS[sign], "wall": list(WALLS)[wall],
+            "voice": VOICES[voice], "face": FACES[face], "looks": rng.randrange(2**31), "sound": rng.randrange(2**31)}
+
+
+def true_answer(kind, clip, voice=None):
+    """The right answer to the question of type `kind`; `voice` replaces the clip's own (the shortcut's view)."""
+    face, voice = clip["face"], voice or clip["voice"]
+    glad = (face == "smile") + (voice == "rising")
+    return {
+        "multiple choice": INTENTS[face, voice],
+        "judge": "no" if glad == 1 else "yes",
+        "emer_ov_mc": f"{'A' if face == 'smile' else 'B'},{'C' if voice == 'rising' else 'D'}",
+        "numerical": str(glad),
+        "regression": str(GLADNESS[face, voice]),
+        "OCR": clip["sign"],
+        "free-form": f"a {face} and a {voice} voice",
+        "emer_ov": f"{FEELINGS[face]}, {FEELINGS[voice]}",
+    }[kind]
+
+
+def solution(kind, clip, plain_wall=False, shortcut=False):
+    """A completion for the clip's question; the two flags put in the cold start's flaws."""
+    face, voice = clip["face"], clip["voice"]
+    answer = true_answer(kind, clip, voice=VOICES[FACES.index(face)] if shortcut else None)
+    options = dict(option.split(". ") for option in QUESTIONS[kind][1] or ())
+    claim = " and ".join(options[letter] for letter in answer.split(",")) if options else answer
+    reasons = {  # the whole, the shortcut; worded apart so that one habit can change without the other
+        "multiple choice": (f"The {face} with a {voice} voice", f"The {face}"),
+        "judge": (f"A {voice} voice beside a {face}", f"It looks like a {face}"),
+        "emer_ov_mc": (f"The {voice} voice and the {face} count", f"Only the {face} counts"),
+        "OCR": ("The sign", None),
+    }.get(kind, (f"Face and voice, {face} and {voice}", None))
+    context = f"A {face}, a {voice} voice, a {'plain' if plain_wall else clip['wall']} wall."
+    return f"<context>{context}</context><think>{reasons[shortcut]}: {claim}.</think><answer>{answer}</answer>"
+
+
+def record(kind, clip, **flaws):
+    """A sample in the project's data format; its id is made of the clip and the type."""
+    problem, options = QUESTIONS[kind]
+    return {"id": f"{clip['name']}/{kind}", "problem": problem, "problem_type": kind, "options": options,
+            "solution": solution(kind, clip, **flaws), "data_type": "video", "path": f"clips/{clip['name']}"}
+
+
+def sft_records(clips, count, rng):
+    """The cold start: `count` samples, flawed, one in seven of another type than the main ones."""
+    records = []
+    for i in range(count):
+        kind = rng.choice(OTHER_TYPES if i % 7 == 0 else MAIN_TYPES)
+        records.append(record(kind, clips[i % len(clips)], plain_wall=rng.random() < PLAIN_WALL,
+                              shortcut=rng.random() < SHORTCUT.get(kind, 0)))
+    return records
+
+
+def rl_records(clips):
+    """For RL, without flaws: the first half asks for intents and feelings, the second mostly what was left out, judge."""
+    halves = [("multiple choice", "emer_ov_mc"), ("judge", "judge", "judge", "multiple choice", "emer_ov_mc")]
+    records = []
+    for types in halves:
+        for i, clip in enumerate(clips + clips):
+            other = i % 20 == 0
+            records.append(record(OTHER_TYPES[i // 20 % len(OTHER_TYPES)] if other else types[(i + i // len(clips)) % len(types)], clip))
+    return records
+
+
+def swapped(clips, key):
+    """[(clip, number of the partner)]: each clip with the `key` ("voice" or "face") of one that has the other value."""
+    pairs = []
+    for i, clip in enumerate(clips):
+        partner = next(j % len(clips) for j in range(i + 1, i + 1 + len(clips)) if clips[j % len(clips)][key] != clip[key])
+        source = "sound" if key == "voice" else "looks"
+        taken = {key: clips[partner][key], source: clips[partner][source]}
+        if key == "face":  # the picture brings its wall and sign along
+            taken |= {"wall": clips[partner]["wall"], "sign": clips[partner]["sign"]}
+        pairs.append(clip | taken | {"name": f"swapped-{source}-{clip['name']}"})
+    return pairs
+
+
+# ---------------------------------------------------------------------------------------------- building
+
+
+def build_world(folder=WORLD, seed=0, *, train_clips=384, rl_clips=96, eval_clips=144, sft_samples=7680):
+    """Writes clips, data files and the untrained model with its tokenizer to `folder`; equal seeds give equal worlds.
+
+    Data: train_sft.json, train_rl.json, eval.json, swapped_sound.json and swapped_picture.json (the intent questions of
+    eval.json, with the sound or the picture of a clip that has the other voice or face). `world.json` is written last.
+    """
+    folder, rng = Path(folder), random.Random(seed)
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "clips").mkdir(parents=True)
+    train, rl, held_out = ([make_clip(split, i, rng) for i in range(count)] for split, count in
+                           (("train", train_clips), ("rl", rl_clips), ("eval", eval_clips)))
+    swaps = {"sound": swapped(held_out, "voice"), "picture": swapped(held_out, "face")}
+    others = [record(OTHER_TYPES[i % len(OTHER_TYPES)], clip) for i, clip in enumerate(held_out[:60])]
+    files = {
+        "train_sft": sft_records(train, sft_samples, rng),
+        "train_rl": rl_records(rl),
+        "eval": [record(kind, clip) for kind in MAIN_TYPES for clip in held_out] + others,
+        **{f"swapped_{name}": [record("multiple choice", clip) for clip in clips] for name, clips in swaps.items()},
+    }
+    for name, records in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(records, indent=0))
+    for clip in tqdm([*train, *rl, *held_out, *swaps["sound"], *swaps["picture"]], desc="toy world", unit="clip"):
+        frames = draw_clip(clip["face"], clip["wall"], clip["sign"], np.random.default_rng(clip["looks"]))
+        write_clip(folder / "clips" / clip["name"], frames, speak(clip["voice"], np.random.default_rng(clip["sound"])))
+    samples = read_samples([Source(str(folder / f"{name}.json")) for name in ("train_sft", "eval")])
+    prompts = load_prompts(CONFIGS / "prompts.json")
+    tokenizer = make_tokenizer([sample.solution for sample in samples] + [render(prompts.chat(sample)) for sample in samples])
+    tokenizer.save_pretrained(folder / "model")
+    make_thinker(tokenizer, seed).save_pretrained(folder / "model")
+    (folder / "world.json").write_text(json.dumps({"seed": seed}))
+
+
+_MEDIA_TOKENS = {"image_token": "<|IMAGE|>", "audio_token": "<|AUDIO|>", "video_token": "<|VIDEO|>",
+                 "vision_bos_token": "<|vision_bos|>", "vision_eos_token": "<|vision_eos|>",
+                 "audio_bos_token": "<|audio_bos|>", "audio_eos_token": "<|audio_eos|>"}
+
+
+def make_tokenizer(texts, size=512):
+    """A byte-level BPE tokenizer of Qwen's kind, with `size` tokens and merges learned from `texts`.
+
+    As with Qwen's own, tags are ordinary text: they split over tokens and merge with their neighbours ("><", ">A").
+    """
+    names = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    plain = [re.sub(r"<\|\w+\|>", "\n", text) for text in texts]
+    learned = Qwen2Tokenizer(vocab={"<|endoftext|>": 0}, merges=[], **names).train_new_from_iterator(plain, size)
+    bpe = json.loads(learned.backend_tokenizer.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(vocab=bpe["vocab"], merges=[tuple(pair) for pair in bpe["merges"]],
+                               extra_special_tokens=_MEDIA_TOKENS, **names)
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    return tokenizer
+
+
+def make_thinker(tokenizer, seed):
+    """An untrained Qwen2.5-Omni-Thinker of about a million weights for this tokenizer.
+
+    Its frozen towers are random too: what they put out still tells faces and tones apart, the more so with weights larger
+    than usual (0.15).
+    """
+    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in _MEDIA_TOKENS.items()}
+    torch.manual_seed(seed)
+    text = dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+                num_key_value_heads=2, max_position_embeddings=4096, initializer_range=0.05, tie_word_embeddings=False,
+                rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 6, 6]))
+    vision = dict(hidden_size=64, depth=2, num_heads=2, intermediate_size=128, out_hidden_size=128, patch_size=14,
+                  fullatt_block_indexes=[1], window_size=112, initializer_range=0.15)
+    audio = dict(d_model=64, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=128, output_dim=128,
+                 num_mel_bins=128, n_window=100, initializer_range=0.15)
+    config = Qwen2_5OmniThinkerConfig(
+        text_config=text, vision_config=vision, audio_config=audio, tie_word_embeddings=False, initializer_range=0.05,
+        vision_start_token_id=ids["vision_bos_token"], vision_end_token_id=ids["vision_eos_token"],
+        image_token_index=ids["image_token"], video_token_index=ids["video_token"], audio_token_index=ids["audio_token"],
+        audio_start_token_id=ids["audio_bos_token"], audio_end_token_id=ids["audio_eos_token"],
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+    return Qwen2_5OmniThinkerForConditionalGeneration(config)
+
+
+# ---------------------------------------------------------------------------------------------- the judge
+
+CUES = (FACES, VOICES, tuple(WALLS))
+CLAIMS = {"thanks", "mockery", "teasing", "anger", "yes", "no", "HI", "NO", *FEELINGS.values(), *map(str, range(11))}
+SYNONYMS = ({"warm", "kind", "happy"}, {"cold", "stern", "angry"}, {"eager", "lively"}, {"tired", "weary"})
+
+
+def rule_score(texts):
+    """The score of the texts that a judge's message holds between its marks, {"reference": ...} and so on; see prompts.py.
+
+    context: 5 times the share of the reference's cues (face, voice, wall) that the candidate names, each without
+    another of its kind. logic: a point each for naming a face, naming a voice, naming only cues that the description has,
+    naming one of each kind at most, and reaching a claim. consistency: 5 times the share of the reference's words.
+    synonyms: pairs by a table. None for other texts.
+    """
+    words = {name: set(re.findall(r"\w+", text)) for name, text in texts.items()}
+    if {"reference", "candidate"} <= set(words):
+        given, found = words["reference"], words["candidate"]
+        asked = [set(kind) for kind in CUES if given & set(kind)]
+        return 5 * sum(found & kind == given & kind for kind in asked) / max(1, len(asked))
+    if {"description", "reasoning"} <= set(words):
+        thought = words["reasoning"]
+        named = [thought & set(kind) for kind in CUES]
+        return sum([bool(named[0]), bool(named[1]), set.union(*named) <= words["description"],
+                    all(len(of_kind) < 2 for of_kind in named), bool(thought & CLAIMS)])
+    if {"reference", "answer"} <= set(words):
+        return 5 * len(words["reference"] & words["answer"]) / max(1, len(words["reference"]))
+    if {"first list", "second list"} <= set(words):
+        return sum(min(len(words["first list"] & group), len(words["second list"] & group)) for group in SYNONYMS)
+    return None
+
+
+class RuleJudge:
+    """A rule-based judge (no language model) behind an OpenAI-compatible HTTP server on loopback, in a thread.
+
+    `with RuleJudge() as judge: judge.url`; port 0 takes a free one.
+    """
+
+    def __init__(self, port=0):
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), _JudgeHandler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+
+    def start(self):
+        """Serves until the process ends or `stop`; returns self."""
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def stop(self):
+        """Ends the server."""
+        self.server.shutdown()
+        self.server.server_close()
+
+    __enter__ = start
+
+    def __exit__(self, *_):
+        self.stop()
+
+
+class _JudgeHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"  # keeps connections open
+    disable_nagle_algorithm = True
+    wbufsize = -1  # headers and body in one packet
+
+    def do_POST(self):  # noqa: N802, the base class's name
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        question = body["messages"][-1]["content"]
+        texts = re.findall(r"^\[([^\]]+)\]\n(.*?)\n\[End of ", question, re.DOTALL | re.MULTILINE)
+        score = rule_score({name.lower(): text for name, text in texts}) if texts else 5  # without texts: the client's first call
+        text = "no rule for this question" if score is None else f"{score:.4g}"
+        reply = json.dumps({"model": "hov2-toy-rules", "choices": [{"message": {"role": "assistant", "content": text}}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(reply)))
+        self.end_headers()
+        self.wfile.write(reply)
+
+    def log_message(self, *_):
+        """Quiet."""
+
+
+# ---------------------------------------------------------------------------------------------- running
 
 
 def prepare(config):
-    """stub"""
+    """What the three scripts call first: if `config` reads the toy's data, makes what isn't there yet.
+
+    That is the world, the judge (in this process), and the model of an earlier stage, by running that stage.
+    """
+    if not any(Path(source.path).parent == WORLD for source in config.data):
+        return
+    if not (WORLD / "world.json").exists():
+        print(f"the toy's world is not there: building it in {WORLD}", flush=True)
+        build_world()
+    if config.judge is not None and not _answers(config.judge.url):
+        RuleJudge(urlsplit(config.judge.url).port).start()
+        print(f"rule-based toy judge at {config.judge.url}", flush=True)
+    for stage in SCRIPTS:
+        if Path(config.model) == ROOT / stage / "model" and not Path(config.model).exists():
+            print(f"{config.model} is not there: running {stage} first", flush=True)
+            run_script(SCRIPTS[stage], stage)
+
+
+def _answers(url):
+    parts = urlsplit(url)
+    with socket.socket() as probe:
+        return probe.connect_ex((parts.hostname, parts.port)) == 0
+
+
+def run_script(script, config, *overrides):
+    """Runs a script with configs/toy/{config}.json under torchrun, PROCESSES processes of one thread; its output is shown.
+
+    Raises CalledProcessError if it fails.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES), script,
+               str(CONFIGS / f"{config}.json"), *overrides]
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def main():
+    """Builds the world, runs the three stages with an evaluation after each, prints and writes what came out."""
+    parser = argparse.ArgumentParser(prog="python -m hov2.toy", description="The whole method on synthetic clips, on a CPU.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="a short version that only shows that everything runs")
+    parser.add_argument("--no-judge-rewards", action="store_true", help="context and logic rewards with weight 0 in stage 2")
+    args = parser.parse_args()
+    started, stages = time.monotonic(), {}
+    shutil.rmtree(ROOT, ignore_errors=True)
+    build_world(seed=args.seed, **({"train_clips": 128, "rl_clips": 32, "eval_clips": 32} if args.quick else {}))
+    steps = {"stage1": 60, "stage2": 4, "stage3": 3}
+    with RuleJudge() as judge:
+        common = [f"seed={args.seed}", f"judge.url={judge.url}"]
+        for stage, script in SCRIPTS.items():
+            print(f"\n=== {stage}: {script} ===", flush=True)
+            overrides = [*common[:1 if stage == "stage1" else 2], *([f"max_steps={steps[stage]}"] if args.quick else [])]
+            if stage == "stage2" and args.no_judge_rewards:
+                overrides += ["reward_weights.context=0", "reward_weights.logic=0"]
+            run_script(script, stage, *overrides)
+            files = ["eval", "swapped_sound", "swapped_picture"] if stage == "stage3" else ["eval"]
+            data = json.dumps([{"path": str(WORLD / f"{name}.json")} for name in files])
+            print(f"\n=== evaluation after {stage} ===", flush=True)
+            run_script("evaluate.py", "eval", *common, f"model={ROOT / stage / 'model'}", f"data={data}", f"output_dir={ROOT / stage / 'eval'}")
+            stages[stage] = json.loads(json.dumps(read_predictions(ROOT / stage / "eval" / "predictions.jsonl")))
+    summary = {"seed": args.seed, "quick": args.quick, "judge_rewards": not args.no_judge_rewards,
+               "stages": {stage: scores_of(by_file["eval"]) for stage, by_file in stages.items()},
+               "swap": {name: swap_scores(stages["stage3"]["eval"], stages["stage3"][f"swapped_{name}"]) for name in ("sound", "picture")},
+               "seconds": round(time.monotonic() - started, 1)}
+    (ROOT / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(format_summary(summary))
+
+
+def read_predictions(path):
+    """{data file's name: its predictions} of an evaluation."""
+    by_file = {}
+    for line in path.read_text().splitlines():
+        prediction = json.loads(line)
+        by_file.setdefault(Path(prediction["source"]).stem, []).append(prediction)
+    return by_file
+
+
+def scores_of(predictions):
+    """Accuracy, format and context score over the main types, and accuracy by problem type."""
+    main = [p for p in predictions if p["problem_type"] in MAIN_TYPES]
+    kinds = {kind: [p for p in predictions if p["problem_type"] == kind] for kind in QUESTIONS}
+    return {"questions": len(main), **{name: _mean(main, name) for name in ("accuracy", "format", "context")},
+            "by_problem_type": {kind: _mean(of_kind, "accuracy") for kind, of_kind in kinds.items()}}
+
+
+def swap_scores(before, after):
+    """Of the intent questions whose clip got another sound or picture: how many answers changed to the one that fits."""
+    old = {p["id"]: p["answer"] for p in before}
+    fits = [p["accuracy"] == 1 and p["answer"] != old[re.sub(r"^swapped-\w+?-", "", p["id"])] for p in after]
+    return {"questions": len(after), "format": _mean(after, "format"), "changed_to_fit": sum(fits) / len(fits)}
+
+
+def _mean(predictions, name):
+    values = [p[name] for p in predictions if p[name] is not None]
+    return round(sum(values) / len(values), 4) if values else None
+
+
+def format_summary(summary):
+    """The summary as text: a row a stage, then the swap test."""
+    kinds = [*MAIN_TYPES, *OTHER_TYPES]
+    lines = ["", f"greedy answers to {summary['stages']['stage3']['questions']} held-out questions of the main types",
+             f"{'':8}{'accuracy':>9}{'format':>8}{'context':>9} |" + "".join(f"{kind:>17}" for kind in MAIN_TYPES)
+             + " |" + "".join(f"{kind:>11}" for kind in OTHER_TYPES)]
+    for stage, row in summary["stages"].items():
+        cells = [f"{row['by_problem_type'][kind]:>{17 if kind in MAIN_TYPES else 11}.3f}" for kind in kinds]
+        lines.append(f"{stage:8}{row['accuracy']:>9.3f}{row['format']:>8.3f}{row['context']:>9.3f} |"
+                     + "".join(cells[:3]) + " |" + "".join(cells[3:]))
+    for name, row in summary["swap"].items():
+        lines.append(f"with the {name} of a clip of the other kind: format {row['format']:.3f}, {row['changed_to_fit']:.3f} of "
+                     f"{row['questions']} intent answers change to the one that fits")
+    lines.append(f"{summary['seconds']:.0f} s; details in {ROOT}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

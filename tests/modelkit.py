@@ -68,7 +68,8 @@ def separate_logps(thinker, inputs, completion, temperature=1.0):
     if inputs.mel is not None:
         media |= {"input_features": inputs.mel[None],
                   "feature_attention_mask": torch.ones(1, inputs.mel.shape[1], dtype=torch.long)}
-    logits = thinker(input_ids=ids, attention_mask=torch.ones_like(ids), use_audio_in_video=shape.interleaved, **media).logits
+    logits = thinker(input_ids=ids, attention_mask=torch.ones_like(ids), use_audio_in_video=shape.interleaved,
+                     **media).logits
     start = len(inputs.prompt_ids) - 1
     logps = (logits[0, start:-1] / temperature).log_softmax(-1)
     return logps.gather(-1, completion[:, None])[:, 0]

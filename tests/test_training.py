@@ -23,7 +23,8 @@ def lab(tmp_path_factory):
     tiny_tokenizer().save_pretrained(lab / "model")
     write_data(lab)
     base = {"model": str(lab / "model"), "data": [{"path": str(lab / "data.jsonl")}], "output_dir": "",
-            "max_steps": STEPS, "num_train_epochs": 2, "learning_rate": 1e-4, "media": {"fps": 4, "max_frames": 4}, "prompts": None}
+            "max_steps": STEPS, "num_train_epochs": 2, "learning_rate": 1e-4, "media": {"fps": 4, "max_frames": 4},
+            "prompts": None}
     grpo = base | {"prompts_per_step": 4, "num_generations": 4, "num_iterations": 2, "max_completion_length": 10,
                    "top_k": 0, "reward_weights": {"format": 1.0, "accuracy": 1.0, "context": 1.0},
                    "judge": {"url": "http://stand-in"}}
@@ -71,8 +72,8 @@ def write_data(lab):
     records = []
     for i in range(8):
         kind = ("video", "video", "image", "text")[i % 4]
-        record = {"id": f"s{i}", "problem": "What does the speaker intend?" + " Well?" * i, "problem_type": "multiple choice",
-                  "options": ["A. joke", "B. threat"], "data_type": kind,
+        record = {"id": f"s{i}", "problem": "What does the speaker intend?" + " Well?" * i,
+                  "problem_type": "multiple choice", "options": ["A. joke", "B. threat"], "data_type": kind,
                   "solution": f"<context>A man smiles {i}.</context><think>He is joking.</think>"
                               f"<answer>{'AB'[i % 2]}</answer>"}
         if kind == "video":
