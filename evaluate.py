@@ -7,14 +7,13 @@ Writes `predictions.jsonl` (one line a question) and `results.json` to `output_d
 """
 
 import json
-import sys
 from pathlib import Path
 
 from hov2 import distributed, toy
-from hov2.config import EvalConfig, config_from_argv
+from hov2.config import EvalConfig
 from hov2.data import read_samples
 from hov2.evaluation import Evaluator, format_summary
-from hov2.setup import say, start
+from hov2.setup import command, say, start
 
 
 def main(config):
@@ -47,4 +46,4 @@ def write_results(folder, config, summary, records):
 
 
 if __name__ == "__main__":
-    main(config_from_argv(EvalConfig, sys.argv[1:], default="configs/toy/eval.json"))
+    command(main, EvalConfig, default="configs/toy/eval.json")

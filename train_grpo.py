@@ -20,14 +20,13 @@ token to token, the loss is summed over the tokens of the whole step, and the KL
 is in hov2/grpo.py and nowhere else.
 """
 
-import sys
 from dataclasses import dataclass
 
 import torch
 
 from hov2 import distributed, optim, toy
 from hov2.checkpoint import export, resume, save_if_due
-from hov2.config import GRPOConfig, config_from_argv
+from hov2.config import GRPOConfig
 from hov2.data import PromptOrder, Sample, StepLoader, read_samples
 from hov2.evaluation import HeldOut
 from hov2.grpo import apply_gate, credit, full_reward, grpo_loss, kl_coef, masked_mean, reward_advantages, token_terms
@@ -36,7 +35,7 @@ from hov2.model import Prompt, load_policy, set_training
 from hov2.prefix import group_logps
 from hov2.rollout import Rollout, generate, make_generator, sampling_for
 from hov2.scoring import Scorer
-from hov2.setup import report_derived, say, start
+from hov2.setup import command, report_derived, say, start
 from hov2.spans import completion_texts, completion_tokens, find_block, span_masks, text_offsets
 
 
@@ -90,7 +89,9 @@ def main(config):
     for step in range(first, steps):
         # --- 1. Prompts: whole prompts of this rank, each clip through the towers once --------------------------------
         with timer("data"):
-            groups = [Group(index, sample, run.encoder(inputs)) for index, sample, inputs in loader.next_step(step)]
+            loaded = loader.next_step(step)
+            groups = [Group(index, sample, run.encoder(inputs)) for index, sample, inputs in loaded]
+            means.add("media/audio_cut", [inputs.shape.audio_cut for _, _, inputs in loaded])
 
         # --- 2. Rollout: G completions of each prompt -----------------------------------------------------------------
         with timer("rollout"):
@@ -289,4 +290,4 @@ def rounded(values):
 
 
 if __name__ == "__main__":
-    main(config_from_argv(GRPOConfig, sys.argv[1:], default="configs/toy/stage2.json"))
+    command(main, GRPOConfig, default="configs/toy/stage2.json")

@@ -7,19 +7,18 @@ The loss is the mean negative log-probability of the assistant's tokens over the
 batches together: one global count, so that the result doesn't depend on how the step is split.
 """
 
-import sys
 
 import torch
 
 from hov2 import distributed, optim, toy
 from hov2.checkpoint import export, resume, save_if_due
-from hov2.config import SFTConfig, config_from_argv
+from hov2.config import SFTConfig
 from hov2.data import PromptOrder, StepLoader, encode_solution, read_samples
 from hov2.evaluation import HeldOut
 from hov2.log import MetricsLog, Timer
 from hov2.model import set_training
 from hov2.prefix import conversation_logps, group_logps
-from hov2.setup import report_derived, say, start
+from hov2.setup import command, report_derived, say, start
 
 
 def main(config):
@@ -44,8 +43,10 @@ def main(config):
     for step in range(first, steps):
         # --- Samples: prompts with their media encoded, and what the assistant should say -----------------------------
         with timer("data"):
+            loaded = loader.next_step(step)
             batch = [(run.encoder(inputs), encode_solution(sample, run.tokenizer)[None].to(device))
-                     for _, sample, inputs in loader.next_step(step)]
+                     for _, sample, inputs in loaded]
+            means.add("media/audio_cut", [inputs.shape.audio_cut for _, _, inputs in loaded])
 
         # --- Update: accumulate over this rank's batches --------------------------------------------------------------
         set_training(policy, True, config.gradient_checkpointing)
@@ -109,4 +110,4 @@ def report(config, samples, steps):
 
 
 if __name__ == "__main__":
-    main(config_from_argv(SFTConfig, sys.argv[1:], default="configs/toy/stage1.json"))
+    command(main, SFTConfig, default="configs/toy/stage1.json")

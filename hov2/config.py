@@ -71,6 +71,7 @@ class BaseConfig:
     on_long_prompt: Literal["error", "skip", "fewer_frames"] = "error"
     encoding_cache: int = 0  # clips whose tower outputs are kept in memory (the towers are frozen, so this is exact)
     judge: JudgeConfig | None = None
+    why: dict[str, str] = field(default_factory=dict)  # for readers: why a key has the value it has; nothing reads it
 
 
 @dataclass

@@ -33,8 +33,8 @@ def cleanup():
 
 
 def rank():
-    """This process's number; 0 without a process group."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    """This process's number; before there is a process group, torchrun's word for it, or 0."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
 def world_size():

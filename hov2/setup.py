@@ -1,16 +1,20 @@
 """What the three scripts have in common before their loops begin: processes, model, words, judge, samples to inputs."""
 
 import functools
+import sys
+import time
 from dataclasses import dataclass
 
 import torch
 
 from hov2 import distributed
-from hov2.config import BaseConfig, save_config
-from hov2.data import make_inputs
-from hov2.judge import Judge
-from hov2.model import Encoder, Policy, load_policy, load_tokenizer
-from hov2.prompts import load_prompts
+from hov2.config import BaseConfig, ConfigError, config_from_argv, save_config
+from hov2.data import DataError, make_inputs
+from hov2.judge import Judge, JudgeError
+from hov2.model import Encoder, ModelError, Policy, load_policy, load_tokenizer
+from hov2.prompts import PromptsError, load_prompts
+
+USER_ERRORS = (ConfigError, DataError, JudgeError, ModelError, PromptsError)  # each says by itself what would be right
 
 
 @dataclass
@@ -45,6 +49,16 @@ def start(config, device):
                              max_prompt_length=config.max_prompt_length, on_long_prompt=config.on_long_prompt,
                              known=encoder.known)
     return Run(config, device, policy, tokenizer, make, encoder, judge)
+
+
+def command(main, config_class, default):
+    """Runs `main(config)` with the config that the command line names; a user's error ends it with one line, code 1."""
+    try:
+        main(config_from_argv(config_class, sys.argv[1:], default))
+    except USER_ERRORS as error:
+        if distributed.rank() != 0:
+            time.sleep(3)  # rank 0 has most likely the same to say; torchrun then ends this process before it repeats it
+        sys.exit(f"error: {error}")
 
 
 def say(text):

@@ -30,8 +30,13 @@ def lab(tmp_path_factory):
                    "judge": {"url": "http://stand-in"}}
     (lab / "sft.json").write_text(json.dumps(base | {"samples_per_step": 4}))
     (lab / "grpo.json").write_text(json.dumps(grpo))
+    (lab / "broken.mp4").write_bytes(b"no clip")
+    write_data(lab, "held_out.jsonl", broken=5)
+    evaluation = {"model": base["model"], "output_dir": "", "data": [{"path": str(lab / "held_out.jsonl")}], "media": base["media"],
+                  "max_new_tokens": 6, "batch_size": 3}
+    (lab / "eval.json").write_text(json.dumps(evaluation))
     launch(lab, 1, single_process_runs(lab))
-    launch(lab, 2, [run(lab, "sft", "sft-2"), *(run(lab, "grpo", f"{kind}-2", f"loss_type={kind}") for kind in LOSSES)])
+    launch(lab, 2, [run(lab, "eval", "eval-2"), run(lab, "sft", "sft-2"), *(run(lab, "grpo", f"{kind}-2", f"loss_type={kind}") for kind in LOSSES)])
     return lab
 
 
@@ -39,7 +44,9 @@ LOSSES = ("token", "grpo", "dr_grpo")
 
 
 def single_process_runs(lab):
-    runs = [run(lab, "sft", "sft-1"), run(lab, "sft", "sft-batch", "per_device_train_batch_size=4"),
+    held_out = json.dumps([{"path": str(lab / "held_out.jsonl")}])
+    runs = [run(lab, "eval", "eval-1"), run(lab, "sft", "held-out", f"eval_data={held_out}", "eval_steps=2", "eval_max_new_tokens=6"),
+            run(lab, "sft", "sft-1"), run(lab, "sft", "sft-batch", "per_device_train_batch_size=4"),
             run(lab, "sft", "sft-prompt", "train_on_prompt=true", "max_steps=1")]
     for kind in LOSSES:
         runs.append(run(lab, "grpo", f"{kind}-1", f"loss_type={kind}", "save_steps=1"))
@@ -67,8 +74,8 @@ def launch(lab, processes, runs):
     return done.stdout
 
 
-def write_data(lab):
-    """Eight samples: clips with and without sound, an image, text."""
+def write_data(lab, name="data.jsonl", broken=None):
+    """Eight samples: clips with and without sound, an image, text; the clip of sample number `broken` can't be read."""
     records = []
     for i in range(8):
         kind = ("video", "video", "image", "text")[i % 4]
@@ -77,11 +84,11 @@ def write_data(lab):
                   "solution": f"<context>A man smiles {i}.</context><think>He is joking.</think>"
                               f"<answer>{'AB'[i % 2]}</answer>"}
         if kind == "video":
-            record["path"] = Path(synth_clip(lab / f"{i}.mp4", sound=i % 4 == 0, seed=i)).name
+            record["path"] = "broken.mp4" if i == broken else Path(synth_clip(lab / f"{i}.mp4", sound=i % 4 == 0, seed=i)).name
         if kind == "image":
             record["path"] = Path(synth_clip(lab / f"{i}.png", seed=i)).name
         records.append(record)
-    (lab / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    (lab / name).write_text("".join(json.dumps(r) + "\n" for r in records))
 
 
 def metrics(lab, name):
@@ -181,3 +188,44 @@ def test_export_loads_in_transformers(lab):
     saved = load_file(lab / "token-1" / "model" / "model.safetensors")
     assert (model.lm_head.weight == saved["lm_head.weight"]).all()
     assert AutoTokenizer.from_pretrained(lab / "token-1" / "model").convert_tokens_to_ids("<|im_end|>") is not None
+
+
+def test_evaluation_is_the_same_on_two_processes(lab):
+    one, two = ((lab / name / "predictions.jsonl").read_text() for name in ("eval-1", "eval-2"))
+    assert one == two
+    records = [json.loads(line) for line in one.splitlines()]
+    assert [r["id"] for r in records] == [f"s{i}" for i in range(8)]
+    assert all(r["truncated"] and r["no_answer"] and r["format"] == 0 for r in records if not r["error"])
+
+
+def test_an_unreadable_clip_costs_one_question_and_is_named(lab):
+    records = [json.loads(line) for line in (lab / "eval-1" / "predictions.jsonl").read_text().splitlines()]
+    assert [r["id"] for r in records if r["error"]] == ["s5"]
+    assert "broken.mp4" in records[5]["error"] and records[5]["accuracy"] is None
+    results = json.loads((lab / "eval-1" / "results.json").read_text())
+    assert (results["questions"], results["unreadable"], results["no_answer"], results["accuracy"]) == (8, 1, 7, 0.0)
+
+
+def test_held_out_questions_are_asked_on_time_and_the_best_kept(lab):
+    lines = metrics(lab, "held-out")
+    assert ["eval/accuracy" in line for line in lines] == [False, True, True]  # every 2 steps, and after the last
+    assert lines[1]["eval/unreadable"] == 1
+    best, final = (load_file(lab / "held-out" / name / "model.safetensors") for name in ("best", "model"))
+    assert best.keys() == final.keys() and (best["lm_head.weight"] != final["lm_head.weight"]).any()  # the first of equals
+
+
+@pytest.mark.parametrize("overrides, message", [
+    (["num_generation=4"], "unknown key 'num_generation'; did you mean 'num_generations'?"),
+    (["judge.url=http://127.0.0.1:9/v1", "judge.max_retries=0"], "no judge at http://127.0.0.1:9/v1"),
+    (["model=nowhere/at/all"], "nowhere/at/all: no such folder"),
+    (['data=[{"path": "nowhere.jsonl"}]', 'reward_weights={"format": 1}', "judge=null"], "nowhere.jsonl: can't be read"),
+])
+def test_bad_input_ends_a_script_with_one_clear_line(lab, overrides, message):
+    if "judge" not in message:
+        overrides = [*overrides, "judge=null", 'reward_weights={"format": 1, "accuracy": 1}']
+    command = [sys.executable, "train_grpo.py", str(lab / "grpo.json"), f"output_dir={lab / 'bad'}", *overrides]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=120,
+                          check=False)
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0] and "Traceback" not in done.stderr

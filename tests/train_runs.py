@@ -16,10 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+import evaluate
 import train_grpo
 import train_sft
 from hov2 import distributed, setup
-from hov2.config import GRPOConfig, SFTConfig, load_config
+from hov2.config import EvalConfig, GRPOConfig, SFTConfig, load_config
 
 
 class HashScorer:
@@ -49,5 +50,6 @@ if __name__ == "__main__":
     device = distributed.setup()  # once: a process can't reliably join a torchrun group twice
     distributed.setup, distributed.cleanup = lambda: device, lambda: None
     for script, config, overrides in json.loads(Path(sys.argv[1]).read_text()):
-        module, kind = {"sft": (train_sft, SFTConfig), "grpo": (train_grpo, GRPOConfig)}[script]
+        module, kind = {"sft": (train_sft, SFTConfig), "grpo": (train_grpo, GRPOConfig),
+                        "eval": (evaluate, EvalConfig)}[script]
         module.main(load_config(kind, config, overrides))

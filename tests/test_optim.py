@@ -1,0 +1,50 @@
+"""Learning rates by hand-computed numbers; the guard before the optimiser's step."""
+
+import pytest
+import torch
+
+from hov2.config import TrainConfig
+from hov2.optim import learning_rate, make_optimizer, update
+
+
+def rates(**kwargs):
+    return [learning_rate(u, 4, 1.0, **kwargs) for u in range(4)]
+
+
+def test_linear_falls_to_zero():
+    assert rates() == [1.0, 0.75, 0.5, 0.25] and learning_rate(4, 4, 1.0) == 0
+
+
+def test_cosine_and_constant():
+    assert rates(schedule="cosine") == pytest.approx([1.0, 0.8535534, 0.5, 0.1464466])
+    assert rates(schedule="constant") == [1.0] * 4
+
+
+def test_warmup_rises_to_the_peak_then_decays():
+    assert rates(warmup_steps=2) == pytest.approx([1 / 3, 2 / 3, 1.0, 0.5])
+
+
+def setup():
+    policy = torch.nn.Linear(2, 1, bias=False)
+    torch.nn.init.ones_(policy.weight)
+    config = TrainConfig(model="", output_dir="", data=[])
+    return policy, make_optimizer(policy, config)
+
+
+def test_gradients_are_clipped_to_the_norm_and_cleared():
+    policy, optimizer = setup()
+    policy.weight.grad = torch.tensor([[3.0, 4.0]])
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append(policy.weight.grad.clone()))
+    assert update(policy, optimizer, 0.1, 1.0, "step 0").item() == 5.0
+    torch.testing.assert_close(seen[0], torch.tensor([[0.6, 0.8]]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(policy.weight.data, torch.tensor([[0.9, 0.9]]), atol=1e-5, rtol=0)  # Adam's first step: rate
+    assert policy.weight.grad is None
+
+
+def test_a_gradient_that_is_not_finite_updates_nothing():
+    policy, optimizer = setup()
+    policy.weight.grad = torch.tensor([[float("nan"), 1.0]])
+    with pytest.raises(FloatingPointError, match="step 7"):
+        update(policy, optimizer, 0.1, 1.0, "step 7")
+    assert policy.weight.data.tolist() == [[1.0, 1.0]]
