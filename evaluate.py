@@ -21,7 +21,7 @@ def main(config):
     device = distributed.setup()
     with distributed.rank_zero_first():
         toy.prepare(config)  # builds the toy's world for the toy's configs, and nothing for others
-    run = start(config, device)
+    run = start(config, device, trained=False)
     samples = read_samples(config.data, config.seed)
     evaluator = Evaluator(run, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size,
                           temperature=config.temperature)

@@ -35,7 +35,7 @@ from hov2.model import Prompt, load_policy, set_training
 from hov2.prefix import group_logps
 from hov2.rollout import Rollout, generate, make_generator, sampling_for
 from hov2.scoring import Scorer
-from hov2.setup import command, report_derived, say, start
+from hov2.setup import command, report_derived, report_replaced, say, start
 from hov2.spans import completion_texts, completion_tokens, find_block, span_masks, text_offsets
 
 
@@ -43,6 +43,7 @@ from hov2.spans import completion_texts, completion_tokens, find_block, span_mas
 class Group:
     """G completions of one prompt, and what a step finds out about them; C completion tokens."""
 
+    slot: int  # place in the step, over all ranks
     index: int  # of the sample in the data
     sample: Sample
     prompt: Prompt
@@ -90,7 +91,9 @@ def main(config):
         # --- 1. Prompts: whole prompts of this rank, each clip through the towers once --------------------------------
         with timer("data"):
             loaded = loader.next_step(step)
-            groups = [Group(index, sample, run.encoder(inputs)) for index, sample, inputs in loaded]
+            groups = [Group(slot, index, sample, run.encoder(inputs))
+                      for slot, (index, sample, inputs) in zip(loader.slots, loaded)]
+            report_replaced(loader, step)
             means.add("media/audio_cut", [inputs.shape.audio_cut for _, _, inputs in loaded])
 
         # --- 2. Rollout: G completions of each prompt -----------------------------------------------------------------
@@ -115,9 +118,10 @@ def main(config):
                 group.scores = {name: [score.result() for score in scores] for name, scores in of_group.items()}
         rewards = {name: torch.tensor([[score.number for score in group.scores[name]] for group in groups])
                    for name in config.reward_weights}
-        log_rewards(means, groups, rewards, config)
+        log_scores(means, groups, rewards)
         if config.gate_threshold is not None:
             rewards = apply_gate(rewards, config.gate_threshold)
+        log_rewards(means, full_reward(rewards, config.reward_weights))
 
         # --- 6. Advantages: which reward reaches which token ----------------------------------------------------------
         advantages = reward_advantages(rewards, config.reward_weights, scale_rewards=config.scale_rewards,
@@ -158,8 +162,7 @@ def main(config):
         if config.dump_every and step % config.dump_every == 0:
             for records in distributed.gather_objects([dump_record(step, group, config) for group in groups]):
                 dump.write(records)
-        for name, value in scorer.stats().items():
-            means.add(name, value)
+        scorer.log_stats(means)
         metrics = means.reduce() | {"beta": beta, "learning_rate": rate, "grad_norm": grad_norm,
                                     "prompts/replaced": len(loader.replaced)}
         log.write(step, metrics | held_out.after(step + 1, steps) | timer.pop())
@@ -187,9 +190,9 @@ def report(config, samples, steps):
 
 
 def sample_completions(run, groups, sampling, step):
-    """Fills each group's rollout, texts and tokens. Random numbers come from (seed, step, sample)."""
+    """Fills each group's rollout, texts and tokens. Random numbers come from (seed, step, sample and its slot)."""
     config = run.config
-    generators = [make_generator(run.device, config.seed, step, group.index) for group in groups]
+    generators = [make_generator(run.device, config.seed, step, group.index, group.slot) for group in groups]
     with torch.no_grad(), distributed.unsharded(run.policy):  # weights gathered once: decoding talks to no other rank
         rollouts = run.policy(generate, [group.prompt for group in groups], config.num_generations, sampling,
                               generators)
@@ -234,15 +237,8 @@ def items_of_step(groups, config):
     return distributed.global_sum(sum(group.mask.sum() for group in groups)).clamp(min=1)
 
 
-def log_rewards(means, groups, rewards, config):
-    """The metrics of rollouts and rewards."""
-    full = full_reward(rewards, config.reward_weights)
-    means.add("reward", full)
-    for row in full:
-        present = row[~row.isnan()]
-        if len(present) > 1:
-            means.add("reward_std", present.std())
-            means.add("frac_reward_zero_std", float(present.std() == 0))
+def log_scores(means, groups, rewards):
+    """The metrics of the completions and of each reward as it was scored."""
     for name, values in rewards.items():
         means.add(f"rewards/{name}/mean", values)
         means.add(f"rewards/{name}/missing", [[score.missing for score in group.scores[name]] for group in groups])
@@ -251,6 +247,16 @@ def log_rewards(means, groups, rewards, config):
         means.add("completions/clipped_ratio", group.rollout.truncated)
         for tag in ("context", "think"):
             means.add(f"spans/{tag}_found", [find_block(text, tag) is not None for text in group.texts])
+
+
+def log_rewards(means, full):
+    """The metrics of R_full (groups, G), as it is trained on."""
+    means.add("reward", full)
+    for row in full:
+        present = row[~row.isnan()]
+        if len(present) > 1:
+            means.add("reward_std", present.std())
+            means.add("frac_reward_zero_std", float(present.max() == present.min()))
 
 
 def log_update(means, group, metrics):

@@ -22,15 +22,16 @@ from torch.distributed.checkpoint.state_dict import (
 from hov2.distributed import barrier, rank
 from hov2.model import source_folder
 
+UNFINISHED = ".unfinished"  # ending of what is being written
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 def save_checkpoint(output_dir, step, policy, optimizer, state):
     """Writes `output_dir/checkpoint-{step}`; all ranks call it. `state` is a small JSON-able dict."""
     folder = Path(output_dir) / f"checkpoint-{step}"
-    unfinished = folder.with_suffix(".unfinished")
+    unfinished = folder.with_name(folder.name + UNFINISHED)
     if rank() == 0:
-        for old in (folder, unfinished):
+        for old in (folder, *Path(output_dir).glob(f"checkpoint-*{UNFINISHED}")):
             shutil.rmtree(old, ignore_errors=True)
         unfinished.mkdir(parents=True)
         (unfinished / "state.json").write_text(json.dumps(state))
@@ -45,7 +46,7 @@ def save_checkpoint(output_dir, step, policy, optimizer, state):
 
 def newest_checkpoint(output_dir):
     """The finished checkpoint with the most steps in `output_dir`, or None."""
-    found = [p for p in Path(output_dir).glob("checkpoint-*") if p.suffix != ".unfinished"]
+    found = [p for p in Path(output_dir).glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
     return max(found, key=lambda p: int(p.name.split("-")[1]), default=None)
 
 
@@ -65,9 +66,15 @@ def save_if_due(config, steps_done, steps, policy, optimizer, loader, held_out):
 
 
 def resume(config, policy, optimizer, loader, held_out):
-    """With `config.resume`, takes up the newest checkpoint of `output_dir`; returns the number of steps done."""
+    """With `config.resume`, takes up the newest checkpoint of `output_dir`; returns the number of steps done.
+
+    Without it, or where there is none, the run begins anew, and what an earlier one left there is set aside.
+    """
     folder = newest_checkpoint(config.output_dir) if config.resume else None
     if folder is None:
+        if rank() == 0:
+            set_aside(config.output_dir)
+        barrier()
         return 0
     state = load_checkpoint(folder, policy, optimizer)
     loader.load_state_dict(state["loader"])
@@ -75,6 +82,19 @@ def resume(config, policy, optimizer, loader, held_out):
     if rank() == 0:
         print(f"resumed from {folder}", flush=True)
     return state["step"]
+
+
+def set_aside(output_dir):
+    """Moves an earlier run's checkpoints and logs to `output_dir/earlier-N`, so that two runs never mix."""
+    output_dir = Path(output_dir)
+    found = [path for pattern in ("checkpoint-*", "best", "*.jsonl") for path in output_dir.glob(pattern)]
+    if found:
+        number = 1 + sum(1 for _ in output_dir.glob("earlier-*"))
+        target = output_dir / f"earlier-{number}"
+        target.mkdir()
+        for path in found:
+            path.rename(target / path.name)
+        print(f"an earlier run's checkpoints and logs are now in {target}", flush=True)
 
 
 def export(policy, folder, name, dtype):
@@ -88,16 +108,19 @@ def export(policy, folder, name, dtype):
     full = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank() == 0:
         weights = {key.removeprefix("thinker."): value.to(dtype) for key, value in full.items()}
-        shutil.rmtree(folder, ignore_errors=True)
+        unfinished = folder.with_name(folder.name + UNFINISHED)
+        shutil.rmtree(unfinished, ignore_errors=True)
         if is_full_omni(source):
-            _write_into_full(weights, folder, source)
+            _write_into_full(weights, unfinished, source)
         else:
-            policy.thinker.save_pretrained(folder, state_dict=weights)
-            _edit_json(folder / "config.json", dtype=str(dtype).removeprefix("torch."))
+            policy.thinker.save_pretrained(unfinished, state_dict=weights)
+            _edit_json(unfinished / "config.json", dtype=str(dtype).removeprefix("torch."))
         for path in source.iterdir():
             weights_file = path.name.endswith((".safetensors", ".index.json", ".bin"))
-            if path.is_file() and not weights_file and not (folder / path.name).exists():
-                shutil.copy(path, folder / path.name)
+            if path.is_file() and not weights_file and not (unfinished / path.name).exists():
+                shutil.copy(path, unfinished / path.name)
+        shutil.rmtree(folder, ignore_errors=True)  # only now: it may be the very folder that the run began with
+        unfinished.rename(folder)
     barrier()
 
 

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Literal
 
 REWARDS = ("format", "accuracy", "context", "logic")
+COUNTS = ("max_steps", "samples_per_step", "prompts_per_step", "per_device_train_batch_size", "num_iterations",
+          "max_completion_length", "logprob_chunk", "eval_batch_size", "eval_max_new_tokens")  # of things, at least 1
 
 
 class ConfigError(ValueError):
@@ -98,6 +100,15 @@ class TrainConfig(BaseConfig):
     resume: bool = False  # continue from the newest checkpoint in output_dir
     report_to: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
 
+    def __post_init__(self):
+        """Refuses values that can't train."""
+        for name in COUNTS:
+            value = getattr(self, name, None)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}: at least 1, got {value}")
+        if bool(self.eval_data) != bool(self.eval_steps):
+            raise ConfigError("eval_data and eval_steps: held-out evaluation needs both, or leave both out")
+
 
 @dataclass
 class SFTConfig(TrainConfig):
@@ -136,7 +147,8 @@ class GRPOConfig(TrainConfig):
 
 
     def __post_init__(self):
-        """Refuses combinations that can't train."""
+        """Refuses values that can't train."""
+        super().__post_init__()
         unknown = [name for name in self.reward_weights if name not in REWARDS]
         if unknown:
             raise ConfigError(f"reward_weights: unknown reward {unknown[0]!r}; known: {', '.join(REWARDS)}")

@@ -6,11 +6,14 @@ every rank makes the same number of forward and backward calls, and no rank talk
 
 import os
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+PATIENCE = timedelta(hours=4)  # how long ranks wait for each other: rank 0 may be downloading or writing a large model
 
 
 def setup():
@@ -21,7 +24,7 @@ def setup():
         torch.cuda.set_device(device)
     backend = "nccl" if cuda else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=PATIENCE)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device
@@ -141,7 +144,7 @@ class Means:
         values = torch.as_tensor(values, dtype=torch.float32).detach().flatten()
         present = ~values.isnan()
         total, count = self._sums.get(name, (0.0, 0.0))
-        self._sums[name] = (total + values[present].sum() * weight, count + present.sum() * weight)
+        self._sums[name] = (total + values.where(present, 0.0).sum() * weight, count + present.sum() * weight)
 
     def reduce(self):
         """{name: mean over all ranks}, the same on every rank; NaN where nothing was present. Starts anew."""

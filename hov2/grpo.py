@@ -35,16 +35,17 @@ def apply_gate(rewards, threshold):
     """The gate: a context score up to `threshold` zeroes accuracy and logic, a logic score up to it zeroes accuracy.
 
     rewards: {name: (N, G)}; the logic score that gates is the judge's, before the context gate zeroes it. Missing
-    scores gate nothing. Returns a new dict. Source: released code's option `markov_reward` (threshold 0.4), off by
+    scores gate nothing and stay missing. Returns a new dict. Source: released code's option `markov_reward` (threshold 0.4), off by
     default.
     """
     gated = dict(rewards)
     if "context" in rewards:
         low = rewards["context"] <= threshold  # NaN compares False
         for name in {"accuracy", "logic"} & set(gated):
-            gated[name] = gated[name].masked_fill(low, 0.0)
+            gated[name] = gated[name].masked_fill(low & ~gated[name].isnan(), 0.0)
     if "logic" in rewards and "accuracy" in gated:
-        gated["accuracy"] = gated["accuracy"].masked_fill(rewards["logic"] <= threshold, 0.0)
+        low = (rewards["logic"] <= threshold) & ~gated["accuracy"].isnan()
+        gated["accuracy"] = gated["accuracy"].masked_fill(low, 0.0)
     return gated
 
 

@@ -37,7 +37,7 @@ _UNUSABLE = re.compile(r"[-−]\d|^[-−]|</?\w")  # negative numbers, ranges, m
 _DENIED = re.compile(r"\b(?:not|no|cannot|unable|error|than)\b[^.\n]*$|n['’]t\b[^.\n]*$", re.IGNORECASE)
 
 
-class JudgeError(RuntimeError):
+class JudgeError(ValueError):
     """The judge can't be used; the message names its URL and what would be right."""
 
 
@@ -78,11 +78,6 @@ def parse_score(reply, maximum=5):
     return values.pop() if scales or _NAMES_IT.search(text) or _ALONE.search(text) else None
 
 
-def has_context(solution):
-    """Whether a sample's solution has the context that the context reward compares with; else it doesn't apply."""
-    return bool(block_text(solution, "context"))
-
-
 class Judge:
     """A client of the server that `config` (JudgeConfig) names, asking with the words of `prompts`.
 
@@ -94,7 +89,7 @@ class Judge:
         self.config, self.prompts, self.first_delay = config, prompts, first_delay
         parts = urlsplit(config.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"judge.url: expected a base like http://localhost:8000/v1, got {config.url!r}")
+            raise JudgeError(f"judge.url: expected a base like http://localhost:8000/v1, got {config.url!r}")
         self.host = parts.hostname + (f":{parts.port}" if parts.port else "")
         self._shown_url = f"{parts.scheme}://{self.host}{parts.path}"  # without user:password@
         self._headers = _headers(config.api_key_env)
@@ -132,22 +127,6 @@ class Judge:
         """The logic reward of a completion; 0 without a request if it has no context or no think block."""
         context, think = block_text(completion, "context"), block_text(completion, "think")
         return self.submit("logic", context=context, think=think) if context and think else _ready(JudgeReply(0.0))
-
-    def consistency(self, answer, reference):
-        """How well two free-form answers agree, in [0, 1], or None. Waits for the reply (accuracy_reward's `judge`)."""
-        return self.submit("consistency", answer=answer, reference=reference).result().score
-
-    def synonyms(self, answer, reference):
-        """F1 between two sets of emotion words with synonyms counted as one, or None. Waits for the reply.
-
-        Words in both sets are paired without asking; the judge says how many of the others are synonyms.
-        """
-        first, second = sorted(answer - reference), sorted(reference - answer)
-        if not first or not second:
-            return set_f1(answer, reference)
-        most = min(len(first), len(second))
-        score = self.submit("synonyms", first="\n".join(first), second="\n".join(second), most=most).result().score
-        return None if score is None else set_f1(answer, reference, synonyms=score * most)
 
     def check(self):
         """Asks one small question; raises JudgeError if the server doesn't answer as one should."""
@@ -251,14 +230,41 @@ class Judge:
         return self._local.session
 
 
+class AccuracyJudge:
+    """The judge as `rewards.accuracy_reward` uses it, for one answer; `reply` keeps what the server said. It waits."""
+
+    def __init__(self, judge):
+        self.judge, self.reply = judge, None
+
+    def consistency(self, answer, reference):
+        """How well two free-form answers agree, in [0, 1], or None."""
+        return self._ask("consistency", answer=answer, reference=reference)
+
+    def synonyms(self, answer, reference):
+        """F1 between two sets of emotion words with synonyms counted as one, or None.
+
+        Words in both sets are paired without asking; the judge says how many of the others are synonyms.
+        """
+        first, second = sorted(answer - reference), sorted(reference - answer)
+        if not first or not second:
+            return set_f1(answer, reference)
+        most = min(len(first), len(second))
+        score = self._ask("synonyms", first="\n".join(first), second="\n".join(second), most=most)
+        return None if score is None else set_f1(answer, reference, synonyms=score * most)
+
+    def _ask(self, kind, **fields):
+        self.reply = self.judge.submit(kind, **fields).result()
+        return self.reply.score
+
+
 def _headers(api_key_env):
     if api_key_env is None:
         return {}
     key = os.environ.get(api_key_env, "").strip()
     if not key:
-        raise ValueError(f"judge.api_key_env: the environment variable {api_key_env} isn't set")
+        raise JudgeError(f"judge.api_key_env: the environment variable {api_key_env} isn't set")
     if not key.isascii() or not key.isprintable():
-        raise ValueError(f"judge.api_key_env: {api_key_env} holds characters that no HTTP header can carry")
+        raise JudgeError(f"judge.api_key_env: {api_key_env} holds characters that no HTTP header can carry")
     return {"Authorization": f"Bearer {key}"}
 
 

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    AutoConfig,
     AutoTokenizer,
     Qwen2_5OmniThinkerForConditionalGeneration,
 )
@@ -68,11 +70,13 @@ def load_thinker(name, dtype, towers=True):
     """
     if rank() != 0:
         logging.disable_progress_bar()
-    with rank_zero_first():  # one process downloads, the others find the files
-        try:
-            thinker = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(name, dtype=dtype)
-        except OSError as error:
-            raise ModelError(_explain(name)) from error
+    kind = _read(AutoConfig, name).model_type
+    if kind not in ("qwen2_5_omni", "qwen2_5_omni_thinker"):
+        raise ModelError(f"{name}: a model of the type {kind!r}; expected a Qwen2.5-Omni or its thinker")
+    thinker, found = _read(Qwen2_5OmniThinkerForConditionalGeneration, name, dtype=dtype, output_loading_info=True)
+    absent = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
+    if absent:  # transformers would go on with random weights
+        raise ModelError(f"{name}: {len(absent)} of the thinker's weights are missing or misshapen, such as {absent[0]}")
     thinker.model.language_model.set_attn_implementation(ATTENTION)  # the towers keep theirs
     if not towers:
         thinker.model.visual = thinker.model.audio_tower = None
@@ -81,13 +85,10 @@ def load_thinker(name, dtype, towers=True):
     return thinker
 
 
-def load_policy(config, device, trained=True):
-    """The config's model as a sharded Policy: float32 weights where they are trained, else in the compute type.
-
-    The reference model (`trained=False`) has no towers and no gradients.
-    """
+def load_policy(config, device, trained=True, towers=True):
+    """The config's model as a sharded Policy: float32 weights when they are trained, else in the compute type."""
     dtype = compute_dtype(config.dtype, device)
-    thinker = load_thinker(config.model, torch.float32 if trained else dtype, towers=trained)
+    thinker = load_thinker(config.model, torch.float32 if trained else dtype, towers)
     if not trained:
         thinker.requires_grad_(False)
     return shard(Policy(thinker).eval(), device, dtype, tower_parameters(thinker))
@@ -95,10 +96,15 @@ def load_policy(config, device, trained=True):
 
 def load_tokenizer(name):
     """The tokenizer beside the model (a folder or a hub id)."""
+    return _read(AutoTokenizer, name)
+
+
+def _read(kind, name, **options):
+    """`kind.from_pretrained(name)`; one process downloads, the others then find the files."""
     with rank_zero_first():
         try:
-            return AutoTokenizer.from_pretrained(name)
-        except OSError as error:
+            return kind.from_pretrained(name, **options)
+        except (OSError, ValueError, SafetensorError) as error:
             raise ModelError(_explain(name)) from error
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
 
 from hov2.logps import chunked_token_logps
 from hov2.model import decode, embed
@@ -94,14 +95,9 @@ def _segment_attention(segment, query, key, value, scale):
 
     own_k = torch.cat([k.expand(g, -1, -1, -1), completions(key)], 2)  # (G, kv heads, P + C, hd)
     own_v = torch.cat([v.expand(g, -1, -1, -1), completions(value)], 2)
-    mask = _sees_prompt_and_own_past(c, segment.prompt_length, query.device)
+    mask = causal_lower_right(c, segment.prompt_length + c)  # the prompt and the own past; flash kernels know this form
     out = F.scaled_dot_product_attention(completions(query), own_k, own_v, attn_mask=mask, scale=scale, enable_gqa=True)
     yield out.transpose(0, 1).flatten(1, 2)[None]  # (1, heads, G * C, hd)
-
-
-def _sees_prompt_and_own_past(completion_length, prompt_length, device):
-    ones = torch.ones(completion_length, prompt_length + completion_length, dtype=torch.bool, device=device)
-    return ones.tril(prompt_length)
 
 
 def group_logps(thinker, prompts, completions, temperature=1.0, chunk=128):

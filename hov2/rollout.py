@@ -178,7 +178,7 @@ def _sample(logits, sampling, suppressed, generators, counts):
     else:
         ids = None
         if sampling.top_k or sampling.top_p < 1:  # else the whole vocabulary, which then need not be sorted
-            allowed, ids = allowed.topk(sampling.top_k or allowed.shape[-1])
+            allowed, ids = allowed.topk(min(sampling.top_k or allowed.shape[-1], allowed.shape[-1]))
         probs = allowed.softmax(-1)
         if sampling.top_p < 1:  # the smallest set of tokens that reaches top_p: the first is always in
             probs = probs.masked_fill(probs.cumsum(-1) - probs >= sampling.top_p, 0.0)

@@ -7,33 +7,23 @@ whose solution has no context can't have a context reward).
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from hov2.judge import AccuracyJudge, JudgeReply
 from hov2.rewards import accuracy_reward, format_reward
 
 
 @dataclass(frozen=True)
 class Score:
-    """`value` in [0, 1], or None when it is missing or doesn't apply; `raw` is the judge's reply to a judged reward."""
+    """`value` in [0, 1], or None when it is missing or doesn't apply; `raw` is the judge's reply, if one was asked for."""
 
     value: float | None
-    raw: str | None = None
     missing: bool = False
+    raw: str | None = None
+    error: str | None = None  # why it is missing
 
     @property
     def number(self):
         """The value as a float, NaN for None."""
         return float("nan") if self.value is None else self.value
-
-
-@dataclass(frozen=True)
-class Pending:
-    """A score on its way: `result()` waits for `future` and reads it."""
-
-    future: object
-    read: object
-
-    def result(self):
-        """The Score."""
-        return self.read(self.future.result())
 
 
 class Scorer:
@@ -45,25 +35,24 @@ class Scorer:
         self._pool = ThreadPoolExecutor(judge.config.concurrency if judge else 1, thread_name_prefix="score")
 
     def submit(self, name, text, sample):
-        """Starts scoring `text`, a completion for `sample`, by the reward `name`; returns a Pending.
+        """Starts scoring `text`, a completion for `sample`, by the reward `name`; what it returns has a `result()`, a Score.
 
         context and logic need a judge (GRPOConfig sees to it).
         """
         if name == "format":
-            return self._by_rule(format_reward, text, self.format_rule)
+            return self._pool.submit(lambda: Score(format_reward(text, self.format_rule)))
         if name == "accuracy":
-            return self._by_rule(accuracy_reward, text, sample.solution, sample.problem_type, self.judge,
-                                 evaluation=self.evaluation)
+            return self._pool.submit(self._accuracy, text, sample)
         if name == "context":
-            return Pending(self.judge.submit_context(text, sample.solution), _of_reply)
-        return Pending(self.judge.submit_logic(text), _of_reply)
+            return _Judged(self.judge.submit_context(text, sample.solution))
+        return _Judged(self.judge.submit_logic(text))
 
-    def stats(self):
-        """This rank's `judge/failure_rate` and `judge/latency` (seconds) since the last call; {} without a judge."""
-        if self.judge is None:
-            return {}
-        stats = self.judge.stats()
-        return {f"judge/{name}": stats[name] for name in ("failure_rate", "latency")}
+    def log_stats(self, means):
+        """Adds this rank's `judge/failure_rate` and `judge/latency` (seconds) since the last call, weighted by requests."""
+        if self.judge is not None:
+            stats = self.judge.stats()
+            for name in ("failure_rate", "latency"):
+                means.add(f"judge/{name}", stats[name], stats["requests"])
 
     def note(self, samples):
         """What a reader of the log should know about how these samples are scored, or ""."""
@@ -72,13 +61,19 @@ class Scorer:
             return ""
         return f"no judge: {free} free-form answers are scored by their overlap (ROUGE-L)"
 
-    def _by_rule(self, reward, *arguments, **options):
-        return Pending(self._pool.submit(reward, *arguments, **options), _of_value)
+    def _accuracy(self, text, sample):
+        judge = None if self.judge is None else AccuracyJudge(self.judge)
+        value = accuracy_reward(text, sample.solution, sample.problem_type, judge, evaluation=self.evaluation)
+        reply = judge.reply if judge and judge.reply else JudgeReply(None)
+        return Score(value, value is None, reply.raw, reply.error)
 
 
-def _of_value(value):
-    return Score(value, missing=value is None)
+@dataclass(frozen=True)
+class _Judged:
+    """A judged score on its way."""
 
+    future: object
 
-def _of_reply(reply):
-    return Score(reply.score, reply.raw, missing=reply.error is not None)
+    def result(self):
+        reply = self.future.result()
+        return Score(reply.score, reply.error is not None, reply.raw, reply.error)

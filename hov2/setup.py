@@ -1,8 +1,10 @@
 """What the three scripts have in common before their loops begin: processes, model, words, judge, samples to inputs."""
 
 import functools
+import os
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 
 import torch
@@ -30,10 +32,10 @@ class Run:
     judge: Judge | None
 
 
-def start(config, device):
+def start(config, device, trained=True):
     """Loads everything that `config` names, checks that its judge can be reached, and writes the resolved config.
 
-    `device` is from `distributed.setup`. Raises the parts' own errors: ModelError, JudgeError, PromptsError.
+    `device` is from `distributed.setup`; `trained` as for `load_policy`. Raises the parts' own errors: ModelError, JudgeError, PromptsError.
     """
     prompts = load_prompts(config.prompts)
     judge = None
@@ -43,7 +45,7 @@ def start(config, device):
     if distributed.rank() == 0:
         save_config(config, config.output_dir)
     tokenizer = load_tokenizer(config.model)
-    policy = load_policy(config, device)
+    policy = load_policy(config, device, trained)
     encoder = Encoder(policy.thinker, device, config.encoding_cache)
     make = functools.partial(make_inputs, tokenizer=tokenizer, prompts=prompts, media_config=config.media,
                              max_prompt_length=config.max_prompt_length, on_long_prompt=config.on_long_prompt,
@@ -55,16 +57,29 @@ def command(main, config_class, default):
     """Runs `main(config)` with the config that the command line names; a user's error ends it with one line, code 1."""
     try:
         main(config_from_argv(config_class, sys.argv[1:], default))
+        return
     except USER_ERRORS as error:
         if distributed.rank() != 0:
             time.sleep(3)  # rank 0 has most likely the same to say; torchrun then ends this process before it repeats it
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+    except Exception:  # noqa: BLE001, it is shown whole, and the process ends
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)  # without waiting for requests to the judge that are still in flight: the other ranks wait for this one
 
 
 def say(text):
     """Prints on rank 0; nothing for an empty text."""
     if text and distributed.rank() == 0:
         print(text, flush=True)
+
+
+def report_replaced(loader, step):
+    """Names the samples that `step` had to replace, and why."""
+    for entry in loader.replaced:
+        if entry["step"] == step:
+            say(f"step {step}: sample {entry['id']} replaced by {entry['by']}: {entry['reason']}")
 
 
 def report_derived(title, numbers):

@@ -69,7 +69,7 @@ OTHER_TYPES = tuple(kind for kind in QUESTIONS if kind not in MAIN_TYPES)
 INTENTS = {("smile", "rising"): "A", ("smile", "falling"): "B", ("frown", "rising"): "C", ("frown", "falling"): "D"}
 FEELINGS = {"smile": "warm", "frown": "cold", "rising": "eager", "falling": "tired"}
 GLADNESS = {("smile", "rising"): 10, ("smile", "falling"): 6, ("frown", "rising"): 4, ("frown", "falling"): 1}
-PLAIN_WALL = 0.7  # share of the cold start's contexts that leave the wall's colour out
+PLAIN_WALL = 0.8  # share of the cold start's contexts that leave the wall's colour out
 SHORTCUT = {"multiple choice": 0.6, "emer_ov_mc": 0.6, "judge": 0.85}  # share of its answers that go by the face alone
 
 

@@ -8,7 +8,7 @@ from helpers import tiny_thinker, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
-from hov2.checkpoint import export, hub_key, newest_checkpoint
+from hov2.checkpoint import export, hub_key, newest_checkpoint, set_aside
 from hov2.model import ModelError, Policy, load_thinker, load_tokenizer
 
 
@@ -79,6 +79,37 @@ def test_a_model_that_is_not_there_is_one_clear_error(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match=r"empty: the folder has no model or tokenizer"):
         load_thinker(str(tmp_path / "empty"), torch.float32)
+
+
+def test_a_model_that_lacks_weights_is_refused(tmp_path):
+    tiny_thinker().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"1 of the thinker's weights are missing.*layers\.1\.mlp\.up_proj"):
+        load_thinker(str(tmp_path), torch.float32)
+    (tmp_path / "model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(ModelError, match="that transformers can read"):
+        load_thinker(str(tmp_path), torch.float32)
+
+
+def test_export_may_replace_the_folder_that_the_run_began_with(tmp_path):
+    tiny_thinker().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    policy = changed_policy(tmp_path / "model")
+    export(policy, tmp_path / "model", str(tmp_path / "model"), torch.float32)
+    assert (load_thinker(str(tmp_path / "model"), torch.float32).lm_head.weight == policy.thinker.lm_head.weight).all()
+    assert len(load_tokenizer(str(tmp_path / "model"))) == len(tiny_tokenizer())
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_earlier_run_is_set_aside(tmp_path):
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "metrics.jsonl").write_text("old")
+    set_aside(tmp_path)
+    assert (tmp_path / "earlier-1" / "metrics.jsonl").read_text() == "old" and newest_checkpoint(tmp_path) is None
+    set_aside(tmp_path)
+    assert not (tmp_path / "earlier-2").exists()
 
 
 def test_an_unfinished_checkpoint_is_not_taken(tmp_path):

@@ -1,6 +1,7 @@
 """Configs: what is accepted, and that everything else is one clear error."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -115,3 +116,20 @@ def test_shipped_configs_load(path):
     kind = GRPOConfig if "num_generations" in values or "prompts_per_step" in values else SFTConfig
     kind = EvalConfig if "eval" in path.stem else SFTConfig if "samples_per_step" in values else kind
     load_config(kind, path)
+
+
+@pytest.mark.parametrize("override, message", [
+    ("num_iterations=0", "num_iterations: at least 1, got 0"),
+    ("num_generations=1", "num_generations: at least 2"),
+    ("temperature=0", "temperature: greater than 0"),
+    ("eval_steps=5", "held-out evaluation needs both"),
+    ('reward_weights={"style": 1}', "unknown reward 'style'"),
+    ('reward_weights={"context": 1}', "format or accuracy is needed"),
+    ('reward_weights={"format": 1, "logic": 1}', "'logic' needs a judge"),
+])
+def test_values_that_cannot_train_are_refused(tmp_path, override, message):
+    path = tmp_path / "grpo.json"
+    path.write_text('{"model": "m", "output_dir": "o", "data": []}')
+    with pytest.raises(ConfigError, match=re.escape(message)) as error:
+        load_config(GRPOConfig, path, [override])
+    assert str(path) in str(error.value)

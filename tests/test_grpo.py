@@ -17,6 +17,7 @@ from hov2.grpo import (
     reward_advantages,
     token_terms,
 )
+from hov2.logps import token_logps
 
 NAN = float("nan")
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "trl_grpo.json").read_text())
@@ -76,6 +77,7 @@ def test_gate():
     assert gated["accuracy"].tolist() == [[0, 0, 1, 1]]
     assert gated["logic"][0, :3].tolist() == [0, 0.4, 1] and gated["logic"][0, 3].isnan()
     assert gated["format"].tolist() == [[1, 1, 1, 1]] and rewards["accuracy"].sum() == 4
+    assert apply_gate({"accuracy": tensor([[NAN]]), "context": tensor([[0.0]])}, 0.4)["accuracy"].isnan().all()
 
 
 # --- credit -----------------------------------------------------------------------------------------------------------
@@ -112,6 +114,16 @@ def test_released_credit_never_sees_the_judges_scores():
 def test_two_rewards_have_no_judged_advantages():
     rewards = {"format": tensor([[1, 0]]), "accuracy": tensor([[1, 0]])}
     assert reward_advantages(rewards, {"format": 1.0, "accuracy": 1.0}).keys() == {"full"}
+
+
+@pytest.mark.parametrize("case", GOLDEN["logits_cases"]["cases"], ids=lambda c: str(c.get("temperature")))
+def test_logps_of_logits_equal_trl(case):
+    logits = tensor(GOLDEN["logits_cases"]["logits"]).float().flatten(0, 1)
+    index = torch.tensor(GOLDEN["logits_cases"]["index"]).flatten()
+    # hidden states that are the logits themselves, under an identity for a head
+    logps, entropy = token_logps(logits, torch.eye(logits.shape[1]), index, case["temperature"])
+    torch.testing.assert_close(logps, tensor(case["logps"]).float().flatten(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(entropy, tensor(case["entropy"]).float().flatten(), atol=1e-5, rtol=1e-5)
 
 
 # --- loss -------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from hov2.config import JudgeConfig
-from hov2.judge import Judge, JudgeError, JudgeReply, has_context, parse_score
+from hov2.judge import AccuracyJudge, Judge, JudgeError, JudgeReply, parse_score
 from hov2.prompts import load_prompts
 
 KEY = "sk-very-secret-0123456789"
@@ -427,25 +427,23 @@ def test_missing_blocks_score_zero_without_a_request():
 def test_a_reference_without_context_does_not_apply():
     with judged(chat("5")) as (judge, server):
         for solution in ("<answer>B</answer>", "B", "<context></context><answer>B</answer>"):
-            assert not has_context(solution)
             assert judge.submit_context(FULL, solution).result() == JudgeReply(None)
-        assert has_context(REFERENCE)
         assert server.requests == []
 
 
 def test_consistency_is_a_share_of_five_or_missing():
     with judged(chat("2"), (400, {}, "")) as (judge, _):
-        assert judge.consistency("a cat", "the cat") == 0.4
-        assert judge.consistency("a dog", "the cat") is None
+        assert AccuracyJudge(judge).consistency("a cat", "the cat") == 0.4
+        assert AccuracyJudge(judge).consistency("a dog", "the cat") is None
 
 
 def test_synonyms_count_as_one():
     with judged(chat("1"), chat("3"), max_retries=0) as (judge, server):
         # one word shared, one pair of synonyms: 2 of 3 predicted, 2 of 2 expected: F1 = 4 / 5
-        assert judge.synonyms({"sad", "joyful", "tired"}, {"sad", "happy"}) == pytest.approx(0.8)
+        assert AccuracyJudge(judge).synonyms({"sad", "joyful", "tired"}, {"sad", "happy"}) == pytest.approx(0.8)
         question = server.requests[0][3]["messages"][1]["content"]
         assert "[First list]\njoyful\ntired\n" in question and "[Second list]\nhappy\n" in question
         assert "from 0 to 1" in question
-        assert judge.synonyms({"sad", "joyful"}, {"happy"}) is None  # 3 pairs of at most 1: no score
-        assert judge.synonyms({"sad"}, {"sad", "happy"}) == pytest.approx(2 / 3)  # nothing left to pair: not asked
+        assert AccuracyJudge(judge).synonyms({"sad", "joyful"}, {"happy"}) is None  # 3 pairs of at most 1: no score
+        assert AccuracyJudge(judge).synonyms({"sad"}, {"sad", "happy"}) == pytest.approx(2 / 3)  # nothing left to pair: not asked
         assert len(server.requests) == 2

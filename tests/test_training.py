@@ -53,7 +53,7 @@ def single_process_runs(lab):
         runs.append(run(lab, "grpo", f"{kind}-batch", f"loss_type={kind}", "per_device_train_batch_size=3"))
     runs.append(run(lab, "grpo", "bnpo", "loss_type=bnpo", "beta=0.0", "scale_rewards=true", "credit=released",
                     "max_steps=1", "gate_threshold=0.4"))
-    runs.append(run(lab, "grpo", "masked", "mask_truncated_completions=true", "max_steps=1"))
+    runs.append(run(lab, "grpo", "masked", "mask_truncated_completions=true", "max_steps=1", "max_completion_length=1"))
     return runs
 
 
