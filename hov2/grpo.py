@@ -35,8 +35,8 @@ def apply_gate(rewards, threshold):
     """The gate: a context score up to `threshold` zeroes accuracy and logic, a logic score up to it zeroes accuracy.
 
     rewards: {name: (N, G)}; the logic score that gates is the judge's, before the context gate zeroes it. Missing
-    scores gate nothing and stay missing. Returns a new dict. Source: released code's option `markov_reward` (threshold 0.4), off by
-    default.
+    scores gate nothing and stay missing. Returns a new dict. Source: the released code's option `markov_reward`
+    (threshold 0.4), off by default.
     """
     gated = dict(rewards)
     if "context" in rewards:

@@ -76,7 +76,7 @@ def load_thinker(name, dtype, towers=True):
     thinker, found = _read(Qwen2_5OmniThinkerForConditionalGeneration, name, dtype=dtype, output_loading_info=True)
     absent = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
     if absent:  # transformers would go on with random weights
-        raise ModelError(f"{name}: {len(absent)} of the thinker's weights are missing or misshapen, such as {absent[0]}")
+        raise ModelError(f"{name}: {len(absent)} of the thinker's weights are missing or misshapen: {absent[0]}, ...")
     thinker.model.language_model.set_attn_implementation(ATTENTION)  # the towers keep theirs
     if not towers:
         thinker.model.visual = thinker.model.audio_tower = None

@@ -13,11 +13,11 @@ from hov2.rewards import accuracy_reward, format_reward
 
 @dataclass(frozen=True)
 class Score:
-    """`value` in [0, 1], or None when it is missing or doesn't apply; `raw` is the judge's reply, if one was asked for."""
+    """`value` in [0, 1], or None when it is missing or doesn't apply."""
 
     value: float | None
     missing: bool = False
-    raw: str | None = None
+    raw: str | None = None  # the judge's reply, if there was one
     error: str | None = None  # why it is missing
 
     @property
@@ -35,9 +35,9 @@ class Scorer:
         self._pool = ThreadPoolExecutor(judge.config.concurrency if judge else 1, thread_name_prefix="score")
 
     def submit(self, name, text, sample):
-        """Starts scoring `text`, a completion for `sample`, by the reward `name`; what it returns has a `result()`, a Score.
+        """Starts scoring `text`, a completion for `sample`, by the reward `name`.
 
-        context and logic need a judge (GRPOConfig sees to it).
+        What it returns has a `result()`, a Score. context and logic need a judge (GRPOConfig sees to it).
         """
         if name == "format":
             return self._pool.submit(lambda: Score(format_reward(text, self.format_rule)))
@@ -48,7 +48,7 @@ class Scorer:
         return _Judged(self.judge.submit_logic(text))
 
     def log_stats(self, means):
-        """Adds this rank's `judge/failure_rate` and `judge/latency` (seconds) since the last call, weighted by requests."""
+        """Adds `judge/failure_rate` and `judge/latency` (seconds) since the last call, weighted by requests."""
         if self.judge is not None:
             stats = self.judge.stats()
             for name in ("failure_rate", "latency"):

@@ -35,7 +35,8 @@ class Run:
 def start(config, device, trained=True):
     """Loads everything that `config` names, checks that its judge can be reached, and writes the resolved config.
 
-    `device` is from `distributed.setup`; `trained` as for `load_policy`. Raises the parts' own errors: ModelError, JudgeError, PromptsError.
+    `device` is from `distributed.setup`; `trained` as for `load_policy`. Raises the parts' own
+    errors: ModelError, JudgeError, PromptsError.
     """
     prompts = load_prompts(config.prompts)
     judge = None
@@ -60,7 +61,7 @@ def command(main, config_class, default):
         return
     except USER_ERRORS as error:
         if distributed.rank() != 0:
-            time.sleep(3)  # rank 0 has most likely the same to say; torchrun then ends this process before it repeats it
+            time.sleep(3)  # rank 0 most likely says the same; torchrun ends this process before it repeats it
         print(f"error: {error}", file=sys.stderr)
     except Exception:  # noqa: BLE001, it is shown whole, and the process ends
         traceback.print_exc()

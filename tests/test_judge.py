@@ -445,5 +445,5 @@ def test_synonyms_count_as_one():
         assert "[First list]\njoyful\ntired\n" in question and "[Second list]\nhappy\n" in question
         assert "from 0 to 1" in question
         assert AccuracyJudge(judge).synonyms({"sad", "joyful"}, {"happy"}) is None  # 3 pairs of at most 1: no score
-        assert AccuracyJudge(judge).synonyms({"sad"}, {"sad", "happy"}) == pytest.approx(2 / 3)  # nothing left to pair: not asked
+        assert AccuracyJudge(judge).synonyms({"sad"}, {"sad", "happy"}) == pytest.approx(2 / 3)  # nothing to pair
         assert len(server.requests) == 2

@@ -38,7 +38,7 @@ def test_gradients_are_clipped_to_the_norm_and_cleared():
     optimizer.register_step_pre_hook(lambda *_: seen.append(policy.weight.grad.clone()))
     assert update(policy, optimizer, 0.1, 1.0, "step 0").item() == 5.0
     torch.testing.assert_close(seen[0], torch.tensor([[0.6, 0.8]]), atol=1e-5, rtol=0)
-    torch.testing.assert_close(policy.weight.data, torch.tensor([[0.9, 0.9]]), atol=1e-5, rtol=0)  # Adam's first step: rate
+    torch.testing.assert_close(policy.weight.data, torch.tensor([[0.9, 0.9]]), atol=1e-5, rtol=0)  # Adam's first
     assert policy.weight.grad is None
 
 

@@ -32,11 +32,12 @@ def lab(tmp_path_factory):
     (lab / "grpo.json").write_text(json.dumps(grpo))
     (lab / "broken.mp4").write_bytes(b"no clip")
     write_data(lab, "held_out.jsonl", broken=5)
-    evaluation = {"model": base["model"], "output_dir": "", "data": [{"path": str(lab / "held_out.jsonl")}], "media": base["media"],
-                  "max_new_tokens": 6, "batch_size": 3}
+    evaluation = {"model": base["model"], "output_dir": "", "data": [{"path": str(lab / "held_out.jsonl")}],
+                  "media": base["media"], "max_new_tokens": 6, "batch_size": 3}
     (lab / "eval.json").write_text(json.dumps(evaluation))
     launch(lab, 1, single_process_runs(lab))
-    launch(lab, 2, [run(lab, "eval", "eval-2"), run(lab, "sft", "sft-2"), *(run(lab, "grpo", f"{kind}-2", f"loss_type={kind}") for kind in LOSSES)])
+    launch(lab, 2, [run(lab, "eval", "eval-2"), run(lab, "sft", "sft-2"),
+                    *(run(lab, "grpo", f"{kind}-2", f"loss_type={kind}") for kind in LOSSES)])
     return lab
 
 
@@ -45,7 +46,8 @@ LOSSES = ("token", "grpo", "dr_grpo")
 
 def single_process_runs(lab):
     held_out = json.dumps([{"path": str(lab / "held_out.jsonl")}])
-    runs = [run(lab, "eval", "eval-1"), run(lab, "sft", "held-out", f"eval_data={held_out}", "eval_steps=2", "eval_max_new_tokens=6"),
+    runs = [run(lab, "eval", "eval-1"),
+            run(lab, "sft", "held-out", f"eval_data={held_out}", "eval_steps=2", "eval_max_new_tokens=6"),
             run(lab, "sft", "sft-1"), run(lab, "sft", "sft-batch", "per_device_train_batch_size=4"),
             run(lab, "sft", "sft-prompt", "train_on_prompt=true", "max_steps=1")]
     for kind in LOSSES:
@@ -84,7 +86,8 @@ def write_data(lab, name="data.jsonl", broken=None):
                   "solution": f"<context>A man smiles {i}.</context><think>He is joking.</think>"
                               f"<answer>{'AB'[i % 2]}</answer>"}
         if kind == "video":
-            record["path"] = "broken.mp4" if i == broken else Path(synth_clip(lab / f"{i}.mp4", sound=i % 4 == 0, seed=i)).name
+            synth_clip(lab / f"{i}.mp4", sound=i % 4 == 0, seed=i)
+            record["path"] = "broken.mp4" if i == broken else f"{i}.mp4"
         if kind == "image":
             record["path"] = Path(synth_clip(lab / f"{i}.png", seed=i)).name
         records.append(record)
@@ -211,21 +214,22 @@ def test_held_out_questions_are_asked_on_time_and_the_best_kept(lab):
     assert ["eval/accuracy" in line for line in lines] == [False, True, True]  # every 2 steps, and after the last
     assert lines[1]["eval/unreadable"] == 1
     best, final = (load_file(lab / "held-out" / name / "model.safetensors") for name in ("best", "model"))
-    assert best.keys() == final.keys() and (best["lm_head.weight"] != final["lm_head.weight"]).any()  # the first of equals
+    assert best.keys() == final.keys()
+    assert (best["lm_head.weight"] != final["lm_head.weight"]).any()  # of equals, the first is kept
 
 
 @pytest.mark.parametrize("overrides, message", [
     (["num_generation=4"], "unknown key 'num_generation'; did you mean 'num_generations'?"),
     (["judge.url=http://127.0.0.1:9/v1", "judge.max_retries=0"], "no judge at http://127.0.0.1:9/v1"),
     (["model=nowhere/at/all"], "nowhere/at/all: no such folder"),
-    (['data=[{"path": "nowhere.jsonl"}]', 'reward_weights={"format": 1}', "judge=null"], "nowhere.jsonl: can't be read"),
+    (['data=[{"path": "nowhere.jsonl"}]'], "nowhere.jsonl: can't be read"),
 ])
 def test_bad_input_ends_a_script_with_one_clear_line(lab, overrides, message):
     if "judge" not in message:
         overrides = [*overrides, "judge=null", 'reward_weights={"format": 1, "accuracy": 1}']
     command = [sys.executable, "train_grpo.py", str(lab / "grpo.json"), f"output_dir={lab / 'bad'}", *overrides]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=120,
-                          check=False)
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True,
+                          timeout=120, check=False)
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and message in errors[0] and "Traceback" not in done.stderr
