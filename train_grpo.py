@@ -70,7 +70,8 @@ def main(config):
         toy.prepare(config)  # builds the toy's world for the toy's configs, and nothing for others
     run = start(config, device)
     policy = run.policy
-    reference = load_policy(config, device, trained=False) if config.beta else None
+    # the model that this stage begins with, frozen; its towers aren't needed, encodings come from the policy's
+    reference = load_policy(config, device, trained=False, towers=False) if config.beta else None
     optimizer = optim.make_optimizer(policy, config)
     samples = read_samples(config.data, config.seed)
     order = PromptOrder(len(samples), config.prompts_per_step, config.seed)
@@ -142,18 +143,19 @@ def main(config):
                 for batch in batches:
                     policy.set_requires_gradient_sync(batch is batches[-1])
                     logps, entropies = forward(policy, batch, config)
-                    losses = []
+                    parts = []
                     for group, new, entropy in zip(batch, logps, entropies):
                         if iteration == 0:
                             group.old_logps = new.detach()  # exact, and without a pass of its own
-                        loss, metrics = grpo_loss(
+                        part, metrics = grpo_loss(
                             new, group.old_logps, group.ref_logps, group.advantages, group.mask, beta=beta,
                             epsilon=config.epsilon, epsilon_high=config.epsilon_high, loss_type=config.loss_type,
                             num_items=num_items, max_completion_length=config.max_completion_length)
                         group.logps = new.detach()
-                        losses.append(loss / config.prompts_per_step if config.loss_type == "bnpo" else loss)
+                        # bnpo divides by each group's own tokens, so that the step is a mean of groups
+                        parts.append(part / config.prompts_per_step if config.loss_type == "bnpo" else part)
                         log_update(means, group, metrics | {"entropy": masked_mean(entropy, group.mask)})
-                    loss = sum(losses) * distributed.world_size()  # FSDP averages gradients over ranks; ours is a sum
+                    loss = sum(parts) * distributed.world_size()  # FSDP averages gradients over ranks; ours is a sum
                     loss.backward()
                     means.add("loss", loss * len(batches))  # the mean over ranks and batches is then the step's loss
                 grad_norm = optim.update(policy, optimizer, rate, config.max_grad_norm, where=f"step {step}")
