@@ -1,15 +1,15 @@
-"""The embedded default: a small social world, a judge for it, and `python -m hov2.toy`, the whole method on a laptop's CPU.
+"""The embedded default: a small social world, a judge for it, and `python -m hov2.toy`, the whole method on a CPU.
 
-A clip is a second of a drawn face in front of a coloured wall, with a voice-like tone; real mp4 and webm files. The face
-smiles or frowns, the tone rises or falls, and what the speaker means follows from the two together: neither picture nor
-sound can tell alone. Questions come in all problem types; multiple choice, judge and emer_ov_mc are the ones that count.
+A clip is a second of a drawn face before a coloured wall, with a voice-like tone; real mp4 and webm files. The face
+smiles or frowns, the tone rises or falls, and what the speaker means follows from the two together: neither picture
+nor sound can tell alone. All problem types are asked; multiple choice, judge and emer_ov_mc are the ones that count.
 
 The cold start's solutions have two flaws on purpose, each in most samples and independent of the other:
 - the context calls the wall plain instead of naming its colour (a cue is left out; no answer depends on it);
 - reasoning and answer follow a shortcut, judging by the face alone.
-So after stage 1 the greedy model has both bad habits. The accuracy reward can mend the second, but only the context reward
-sees the first: without the judge's rewards it stays (`--no-judge-rewards`). Questions of the type judge, whose shortcut is
-the strongest habit, are left for stage 3.
+So after stage 1 the greedy model has both bad habits. The accuracy reward can mend the second, but only the context
+reward sees the first: without the judge's rewards it stays (`--no-judge-rewards`). Questions of the type judge, whose
+shortcut is the strongest habit, are left for stage 3.
 
 `RuleJudge` is no language model: it counts words. It stands in for one so that the real client asks a real HTTP server.
 
@@ -37,8 +37,8 @@ import torch
 from tqdm import tqdm
 from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration, Qwen2Tokenizer
 
-from hov2.data import read_samples
 from hov2.config import Source
+from hov2.data import read_samples
 from hov2.prompts import load_prompts, render
 
 ROOT = Path("runs/toy")  # the configs in configs/toy name the same places
@@ -46,12 +46,15 @@ WORLD = ROOT / "world"
 CONFIGS = Path("configs/toy")
 SCRIPTS = {"stage1": "train_sft.py", "stage2": "train_grpo.py", "stage3": "train_grpo.py"}
 PROCESSES = 2
+QUICK_WORLD = {"train_clips": 128, "rl_clips": 32, "eval_clips": 32}
+QUICK_STEPS = {"stage1": 60, "stage2": 4, "stage3": 3}
 
 FACES = ("smile", "frown")
 VOICES = ("rising", "falling")
 WALLS = {"red": (150, 60, 60), "green": (60, 140, 70), "blue": (60, 80, 160), "grey": (120, 120, 120)}
 SIGNS = ("HI", "NO")
 FONT = {"H": "101101111101101", "I": "111010010010111", "N": "111101101101101", "O": "111101101101111"}  # 3 x 5
+SENSES = ("sound", "picture")
 FRAMES, FPS, SIZE, RATE, SECONDS = 8, 8, 56, 16000, 0.4
 
 MAIN_TYPES = ("multiple choice", "judge", "emer_ov_mc")
@@ -115,7 +118,10 @@ def speak(voice, rng):
     return (wave + rng.normal(0, 0.003, len(t))).astype(np.float32)
 
 
-CODECS = {"mp4": ("libx264", {"crf": "12"}, "aac"), "webm": ("libvpx", {"crf": "8", "b": "2M", "deadline": "realtime"}, "libopus")}
+CODECS = {  # ending: video codec and its options, audio codec
+    "mp4": ("libx264", {"crf": "12"}, "aac"),
+    "webm": ("libvpx", {"crf": "8", "b": "2M", "deadline": "realtime"}, "libopus"),
+}
 
 
 def write_clip(path, frames, wave):
@@ -138,11 +144,14 @@ def write_clip(path, frames, wave):
 
 
 def make_clip(split, number, rng):
-    """A clip's description; every combination of face, voice, wall, sign and container comes equally often."""
-    digits = np.unravel_index(number % 64, (2, 2, 4, 2, 2))
-    container, sign, wall, voice, face = (int(d) for d in digits)
-    return {"name": f"{split}-{number:04d}.{('mp4', 'webm')[container]}", "sign": SIGNS[sign], "wall": list(WALLS)[wall],
-            "voice": VOICES[voice], "face": FACES[face], "looks": rng.randrange(2**31), "sound": rng.randrange(2**31)}
+    """A clip's description: every combination of face, voice, wall, sign and container comes equally often in 64.
+
+    `picture` and `sound` are the seeds that the rest of either is drawn from.
+    """
+    container, sign, wall, voice, face = np.unravel_index(number % 64, (2, 2, 4, 2, 2))
+    return {"name": f"{split}-{number:04d}.{list(CODECS)[container]}", "face": FACES[face], "voice": VOICES[voice],
+            "wall": list(WALLS)[wall], "sign": SIGNS[sign], "picture": rng.randrange(2**31),
+            "sound": rng.randrange(2**31)}
 
 
 def true_answer(kind, clip, voice=None):
@@ -195,27 +204,27 @@ def sft_records(clips, count, rng):
 
 
 def rl_records(clips):
-    """For RL, without flaws: the first half asks for intents and feelings, the second mostly what was left out, judge."""
+    """For RL, without flaws: the first half asks for intents and feelings, the second mostly what that left out, judge.
+
+    Two questions about each clip in each half; one in twenty is of another type than the main ones.
+    """
     halves = [("multiple choice", "emer_ov_mc"), ("judge", "judge", "judge", "multiple choice", "emer_ov_mc")]
     records = []
     for types in halves:
         for i, clip in enumerate(clips + clips):
-            other = i % 20 == 0
-            records.append(record(OTHER_TYPES[i // 20 % len(OTHER_TYPES)] if other else types[(i + i // len(clips)) % len(types)], clip))
+            kind = types[(i + i // len(clips)) % len(types)] if i % 20 else OTHER_TYPES[i // 20 % len(OTHER_TYPES)]
+            records.append(record(kind, clip))
     return records
 
 
-def swapped(clips, key):
-    """[(clip, number of the partner)]: each clip with the `key` ("voice" or "face") of one that has the other value."""
-    pairs = []
+def swapped(clips, sense):
+    """Each clip with the sound, or the picture, of the next clip whose voice, or face, has the other value."""
+    taken = {"sound": ("voice", "sound"), "picture": ("face", "wall", "sign", "picture")}[sense]
+    others = []
     for i, clip in enumerate(clips):
-        partner = next(j % len(clips) for j in range(i + 1, i + 1 + len(clips)) if clips[j % len(clips)][key] != clip[key])
-        source = "sound" if key == "voice" else "looks"
-        taken = {key: clips[partner][key], source: clips[partner][source]}
-        if key == "face":  # the picture brings its wall and sign along
-            taken |= {"wall": clips[partner]["wall"], "sign": clips[partner]["sign"]}
-        pairs.append(clip | taken | {"name": f"swapped-{source}-{clip['name']}"})
-    return pairs
+        partner = next(other for other in clips[i:] + clips[:i] if other[taken[0]] != clip[taken[0]])
+        others.append(clip | {key: partner[key] for key in taken} | {"name": f"swapped-{sense}-{clip['name']}"})
+    return others
 
 
 # ---------------------------------------------------------------------------------------------- building
@@ -232,22 +241,23 @@ def build_world(folder=WORLD, seed=0, *, train_clips=384, rl_clips=96, eval_clip
     (folder / "clips").mkdir(parents=True)
     train, rl, held_out = ([make_clip(split, i, rng) for i in range(count)] for split, count in
                            (("train", train_clips), ("rl", rl_clips), ("eval", eval_clips)))
-    swaps = {"sound": swapped(held_out, "voice"), "picture": swapped(held_out, "face")}
+    swaps = {sense: swapped(held_out, sense) for sense in SENSES}
     others = [record(OTHER_TYPES[i % len(OTHER_TYPES)], clip) for i, clip in enumerate(held_out[:60])]
     files = {
         "train_sft": sft_records(train, sft_samples, rng),
         "train_rl": rl_records(rl),
         "eval": [record(kind, clip) for kind in MAIN_TYPES for clip in held_out] + others,
-        **{f"swapped_{name}": [record("multiple choice", clip) for clip in clips] for name, clips in swaps.items()},
+        **{f"swapped_{sense}": [record("multiple choice", clip) for clip in clips] for sense, clips in swaps.items()},
     }
     for name, records in files.items():
         (folder / f"{name}.json").write_text(json.dumps(records, indent=0))
     for clip in tqdm([*train, *rl, *held_out, *swaps["sound"], *swaps["picture"]], desc="toy world", unit="clip"):
-        frames = draw_clip(clip["face"], clip["wall"], clip["sign"], np.random.default_rng(clip["looks"]))
+        frames = draw_clip(clip["face"], clip["wall"], clip["sign"], np.random.default_rng(clip["picture"]))
         write_clip(folder / "clips" / clip["name"], frames, speak(clip["voice"], np.random.default_rng(clip["sound"])))
     samples = read_samples([Source(str(folder / f"{name}.json")) for name in ("train_sft", "eval")])
     prompts = load_prompts(CONFIGS / "prompts.json")
-    tokenizer = make_tokenizer([sample.solution for sample in samples] + [render(prompts.chat(sample)) for sample in samples])
+    texts = [sample.solution for sample in samples] + [render(prompts.chat(sample)) for sample in samples]
+    tokenizer = make_tokenizer(texts)
     tokenizer.save_pretrained(folder / "model")
     make_thinker(tokenizer, seed).save_pretrained(folder / "model")
     (folder / "world.json").write_text(json.dumps({"seed": seed}))
@@ -276,22 +286,24 @@ def make_tokenizer(texts, size=512):
 def make_thinker(tokenizer, seed):
     """An untrained Qwen2.5-Omni-Thinker of about a million weights for this tokenizer.
 
-    Its frozen towers are random too: what they put out still tells faces and tones apart, the more so with weights larger
-    than usual (0.15).
+    Its frozen towers are random too: what they put out still tells faces and tones apart, the more so with weights
+    larger than usual (0.15).
     """
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in _MEDIA_TOKENS.items()}
     torch.manual_seed(seed)
-    text = dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
-                num_key_value_heads=2, max_position_embeddings=4096, initializer_range=0.05, tie_word_embeddings=False,
-                rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 6, 6]))
-    vision = dict(hidden_size=64, depth=2, num_heads=2, intermediate_size=128, out_hidden_size=128, patch_size=14,
-                  fullatt_block_indexes=[1], window_size=112, initializer_range=0.15)
-    audio = dict(d_model=64, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=128, output_dim=128,
-                 num_mel_bins=128, n_window=100, initializer_range=0.15)
+    text = {"vocab_size": len(tokenizer), "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
+            "initializer_range": 0.05, "tie_word_embeddings": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}}
+    vision = {"hidden_size": 64, "depth": 2, "num_heads": 2, "intermediate_size": 128, "out_hidden_size": 128,
+              "patch_size": 14, "fullatt_block_indexes": [1], "window_size": 112, "initializer_range": 0.15}
+    audio = {"d_model": 64, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 128,
+             "output_dim": 128, "num_mel_bins": 128, "n_window": 100, "initializer_range": 0.15}
     config = Qwen2_5OmniThinkerConfig(
         text_config=text, vision_config=vision, audio_config=audio, tie_word_embeddings=False, initializer_range=0.05,
         vision_start_token_id=ids["vision_bos_token"], vision_end_token_id=ids["vision_eos_token"],
-        image_token_index=ids["image_token"], video_token_index=ids["video_token"], audio_token_index=ids["audio_token"],
+        image_token_index=ids["image_token"], video_token_index=ids["video_token"],
+        audio_token_index=ids["audio_token"],
         audio_start_token_id=ids["audio_bos_token"], audio_end_token_id=ids["audio_eos_token"],
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
     return Qwen2_5OmniThinkerForConditionalGeneration(config)
@@ -305,12 +317,12 @@ SYNONYMS = ({"warm", "kind", "happy"}, {"cold", "stern", "angry"}, {"eager", "li
 
 
 def rule_score(texts):
-    """The score of the texts that a judge's message holds between its marks, {"reference": ...} and so on; see prompts.py.
+    """The score of the texts that a judge's message holds between its marks (prompts.py), {"reference": ...} and so on.
 
     context: 5 times the share of the reference's cues (face, voice, wall) that the candidate names, each without
-    another of its kind. logic: a point each for naming a face, naming a voice, naming only cues that the description has,
-    naming one of each kind at most, and reaching a claim. consistency: 5 times the share of the reference's words.
-    synonyms: pairs by a table. None for other texts.
+    another of its kind. logic: a point each for naming a face, naming a voice, naming only cues that the description
+    has, naming one of each kind at most, and reaching a claim. consistency: 5 times the share of the reference's words
+    that the answer has. synonyms: pairs by a table. None for other texts.
     """
     words = {name: set(re.findall(r"\w+", text)) for name, text in texts.items()}
     if {"reference", "candidate"} <= set(words):
@@ -336,7 +348,7 @@ class RuleJudge:
     """
 
     def __init__(self, port=0):
-        self.server = ThreadingHTTPServer(("127.0.0.1", port), _JudgeHandler)
+        self.server = _JudgeServer(("127.0.0.1", port), _JudgeHandler)
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
 
     def start(self):
@@ -355,18 +367,22 @@ class RuleJudge:
         self.stop()
 
 
+class _JudgeServer(ThreadingHTTPServer):
+    request_queue_size = 128  # a step's requests come at once
+
+
 class _JudgeHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"  # keeps connections open
-    disable_nagle_algorithm = True
     wbufsize = -1  # headers and body in one packet
 
-    def do_POST(self):  # noqa: N802, the base class's name
+    def do_POST(self):
+        """Answers a chat completion with a score; a question without texts (the client's first one) with 5."""
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         question = body["messages"][-1]["content"]
         texts = re.findall(r"^\[([^\]]+)\]\n(.*?)\n\[End of ", question, re.DOTALL | re.MULTILINE)
-        score = rule_score({name.lower(): text for name, text in texts}) if texts else 5  # without texts: the client's first call
-        text = "no rule for this question" if score is None else f"{score:.4g}"
-        reply = json.dumps({"model": "hov2-toy-rules", "choices": [{"message": {"role": "assistant", "content": text}}]}).encode()
+        score = rule_score({name.lower(): text for name, text in texts}) if texts else 5
+        message = {"role": "assistant", "content": "no rule for this" if score is None else f"{score:.4g}"}
+        reply = json.dumps({"model": "hov2-toy-rules", "choices": [{"message": message}]}).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(reply)))
@@ -393,10 +409,10 @@ def prepare(config):
     if config.judge is not None and not _answers(config.judge.url):
         RuleJudge(urlsplit(config.judge.url).port).start()
         print(f"rule-based toy judge at {config.judge.url}", flush=True)
-    for stage in SCRIPTS:
+    for stage, script in SCRIPTS.items():
         if Path(config.model) == ROOT / stage / "model" and not Path(config.model).exists():
             print(f"{config.model} is not there: running {stage} first", flush=True)
-            run_script(SCRIPTS[stage], stage)
+            run_script(script, stage)
 
 
 def _answers(url):
@@ -406,45 +422,50 @@ def _answers(url):
 
 
 def run_script(script, config, *overrides):
-    """Runs a script with configs/toy/{config}.json under torchrun, PROCESSES processes of one thread; its output is shown.
+    """Runs a script with configs/toy/{config}.json under torchrun, PROCESSES processes of one thread; shows its output.
 
     Raises CalledProcessError if it fails.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES), script,
-               str(CONFIGS / f"{config}.json"), *overrides]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES)]
+    command = [*torchrun, script, str(CONFIGS / f"{config}.json"), *overrides]
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def main():
     """Builds the world, runs the three stages with an evaluation after each, prints and writes what came out."""
-    parser = argparse.ArgumentParser(prog="python -m hov2.toy", description="The whole method on synthetic clips, on a CPU.")
+    parser = argparse.ArgumentParser(prog="python -m hov2.toy", description="The whole method on synthetic clips.")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="a short version that only shows that everything runs")
-    parser.add_argument("--no-judge-rewards", action="store_true", help="context and logic rewards with weight 0 in stage 2")
+    parser.add_argument("--quick", action="store_true", help="shorter: shows that everything runs, not that it learns")
+    parser.add_argument("--no-judge-rewards", action="store_true", help="context and logic rewards weigh 0 in stage 2")
     args = parser.parse_args()
-    started, stages = time.monotonic(), {}
+    started, predictions = time.monotonic(), {}
     shutil.rmtree(ROOT, ignore_errors=True)
-    build_world(seed=args.seed, **({"train_clips": 128, "rl_clips": 32, "eval_clips": 32} if args.quick else {}))
-    steps = {"stage1": 60, "stage2": 4, "stage3": 3}
+    build_world(seed=args.seed, **(QUICK_WORLD if args.quick else {}))
     with RuleJudge() as judge:
-        common = [f"seed={args.seed}", f"judge.url={judge.url}"]
-        for stage, script in SCRIPTS.items():
-            print(f"\n=== {stage}: {script} ===", flush=True)
-            overrides = [*common[:1 if stage == "stage1" else 2], *([f"max_steps={steps[stage]}"] if args.quick else [])]
-            if stage == "stage2" and args.no_judge_rewards:
-                overrides += ["reward_weights.context=0", "reward_weights.logic=0"]
-            run_script(script, stage, *overrides)
-            files = ["eval", "swapped_sound", "swapped_picture"] if stage == "stage3" else ["eval"]
-            data = json.dumps([{"path": str(WORLD / f"{name}.json")} for name in files])
-            print(f"\n=== evaluation after {stage} ===", flush=True)
-            run_script("evaluate.py", "eval", *common, f"model={ROOT / stage / 'model'}", f"data={data}", f"output_dir={ROOT / stage / 'eval'}")
-            stages[stage] = json.loads(json.dumps(read_predictions(ROOT / stage / "eval" / "predictions.jsonl")))
+        for stage in SCRIPTS:
+            predictions[stage] = run_stage(stage, args, judge.url)
     summary = {"seed": args.seed, "quick": args.quick, "judge_rewards": not args.no_judge_rewards,
-               "stages": {stage: scores_of(by_file["eval"]) for stage, by_file in stages.items()},
-               "swap": {name: swap_scores(stages["stage3"]["eval"], stages["stage3"][f"swapped_{name}"]) for name in ("sound", "picture")},
+               "stages": {stage: scores_of(by_file["eval"]) for stage, by_file in predictions.items()},
+               "swap": {sense: swap_scores(predictions["stage3"], sense) for sense in SENSES},
                "seconds": round(time.monotonic() - started, 1)}
     (ROOT / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(format_summary(summary))
+
+
+def run_stage(stage, args, judge_url):
+    """Trains a stage and evaluates its model, after the last stage on the swapped clips too; returns predictions."""
+    common = [f"seed={args.seed}"] + ([f"judge.url={judge_url}"] if stage != "stage1" else [])
+    overrides = [f"max_steps={QUICK_STEPS[stage]}"] if args.quick else []
+    if stage == "stage2" and args.no_judge_rewards:
+        overrides += ["reward_weights.context=0", "reward_weights.logic=0"]
+    print(f"\n=== {stage}: {SCRIPTS[stage]} ===", flush=True)
+    run_script(SCRIPTS[stage], stage, *common, *overrides)
+    names = ["eval"] + ([f"swapped_{sense}" for sense in SENSES] if stage == "stage3" else [])
+    data, folder = json.dumps([{"path": str(WORLD / f"{name}.json")} for name in names]), ROOT / stage / "eval"
+    print(f"\n=== {stage}: evaluate.py ===", flush=True)
+    run_script("evaluate.py", "eval", f"seed={args.seed}", f"judge.url={judge_url}", f"model={ROOT / stage / 'model'}",
+               f"data={data}", f"output_dir={folder}")
+    return read_predictions(folder / "predictions.jsonl")
 
 
 def read_predictions(path):
@@ -464,11 +485,13 @@ def scores_of(predictions):
             "by_problem_type": {kind: _mean(of_kind, "accuracy") for kind, of_kind in kinds.items()}}
 
 
-def swap_scores(before, after):
-    """Of the intent questions whose clip got another sound or picture: how many answers changed to the one that fits."""
-    old = {p["id"]: p["answer"] for p in before}
-    fits = [p["accuracy"] == 1 and p["answer"] != old[re.sub(r"^swapped-\w+?-", "", p["id"])] for p in after]
-    return {"questions": len(after), "format": _mean(after, "format"), "changed_to_fit": sum(fits) / len(fits)}
+def swap_scores(predictions, sense):
+    """Of the intent questions whose clips got another sound or picture: how many answers changed to what then fits."""
+    before = {p["id"]: p["answer"] for p in predictions["eval"]}
+    after = predictions[f"swapped_{sense}"]
+    fits = [p["accuracy"] == 1 and p["answer"] != before[p["id"].removeprefix(f"swapped-{sense}-")] for p in after]
+    share = round(sum(fits) / len(fits), 4)
+    return {"questions": len(after), "format": _mean(after, "format"), "changed_to_fit": share}
 
 
 def _mean(predictions, name):
@@ -486,9 +509,9 @@ def format_summary(summary):
         cells = [f"{row['by_problem_type'][kind]:>{17 if kind in MAIN_TYPES else 11}.3f}" for kind in kinds]
         lines.append(f"{stage:8}{row['accuracy']:>9.3f}{row['format']:>8.3f}{row['context']:>9.3f} |"
                      + "".join(cells[:3]) + " |" + "".join(cells[3:]))
-    for name, row in summary["swap"].items():
-        lines.append(f"with the {name} of a clip of the other kind: format {row['format']:.3f}, {row['changed_to_fit']:.3f} of "
-                     f"{row['questions']} intent answers change to the one that fits")
+    for sense, row in summary["swap"].items():
+        lines.append(f"with the {sense} of a clip of the other kind: format {row['format']:.3f}, "
+                     f"{row['changed_to_fit']:.3f} of {row['questions']} intent answers change to the one that fits")
     lines.append(f"{summary['seconds']:.0f} s; details in {ROOT}")
     return "\n".join(lines)
 

@@ -1,0 +1,156 @@
+"""The embedded toy: its world is the same every time and balanced, its judge follows its rules over real HTTP."""
+
+import json
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from hov2 import toy
+from hov2.config import GRPOConfig, JudgeConfig, MediaConfig, SFTConfig, Source, load_config
+from hov2.data import make_inputs, read_samples
+from hov2.judge import AccuracyJudge, Judge
+from hov2.media import read_media
+from hov2.model import load_thinker, load_tokenizer
+from hov2.prompts import load_prompts
+from hov2.rewards import accuracy_reward, block_text, format_reward
+from hov2.spans import span_masks, token_bytes_of
+
+SMALL = {"train_clips": 16, "rl_clips": 8, "eval_clips": 8, "sft_samples": 400}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy") / "world"
+    toy.build_world(folder, seed=3, **SMALL)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def judge():
+    with toy.RuleJudge() as server:
+        client = Judge(JudgeConfig(url=server.url), load_prompts())
+        yield client
+        client.close()
+
+
+def clips(count=64):
+    return [toy.make_clip("test", i, random.Random(i)) for i in range(count)]
+
+
+def test_equal_seeds_give_equal_worlds(world, tmp_path):
+    toy.build_world(tmp_path / "again", seed=3, **SMALL)
+    files = [p for p in world.rglob("*") if p.is_file() and p.suffix != ".webm"]  # webm files have random ids inside
+    for path in files:
+        assert (tmp_path / "again" / path.relative_to(world)).read_bytes() == path.read_bytes(), path.name
+    toy.build_world(tmp_path / "other", seed=4, **SMALL)
+    assert (tmp_path / "other" / "train_sft.json").read_bytes() != (world / "train_sft.json").read_bytes()
+
+
+@pytest.mark.parametrize("key", ["face", "voice", "wall", "sign"])
+def test_every_value_comes_with_every_intent_equally_often(key):
+    counts = Counter((clip[key], toy.true_answer("multiple choice", clip), clip["name"][-4:]) for clip in clips())
+    assert len(set(counts.values())) == 1
+
+
+def test_neither_sense_alone_answers_the_question_of_intent():
+    for key in ("face", "voice"):
+        answers = Counter((clip[key], toy.true_answer("multiple choice", clip)) for clip in clips())
+        assert len(answers) == 4 and set(answers.values()) == {16}  # two intents for each value, equally often
+
+
+def test_files_are_read_as_written(world):
+    for path in sorted((world / "clips").iterdir())[:6]:
+        media = read_media(path, fps=8.0, max_frames=8)
+        assert media.frames.shape == (8, 3, 56, 56) and media.sample_fps == pytest.approx(8, rel=0.02), path.name
+        assert media.audio is not None and 0.35 < len(media.audio) / 16000 < 0.65, path.name
+
+
+def test_references_of_rl_and_evaluation_are_right_and_the_cold_start_is_flawed(world):
+    for name in ("train_rl", "eval", "swapped_sound", "swapped_picture"):
+        for sample in read_samples([Source(str(world / f"{name}.json"))]):
+            assert format_reward(sample.solution) == 1 and "plain" not in sample.solution
+    flawed = read_samples([Source(str(world / "train_sft.json"))])
+    plain = np.mean(["plain" in block_text(s.solution, "context") for s in flawed])
+    assert plain == pytest.approx(toy.PLAIN_WALL, abs=0.07)
+    assert {s.problem_type for s in flawed} == set(toy.QUESTIONS)
+
+
+@pytest.mark.parametrize("kind", toy.MAIN_TYPES)
+def test_the_shortcut_is_right_where_the_voice_agrees_with_the_face_and_only_there(kind):
+    for clip in clips(8):
+        agrees = (clip["face"] == "smile") == (clip["voice"] == "rising")
+        reward = accuracy_reward(toy.solution(kind, clip, shortcut=True), toy.solution(kind, clip), kind)
+        assert (reward == 1) == agrees
+
+
+def test_swapped_clips_keep_one_sense_and_change_the_answer():
+    originals = clips(16)
+    for sense, kept in (("sound", "face"), ("picture", "voice")):
+        for before, after in zip(originals, toy.swapped(originals, sense)):
+            assert after[kept] == before[kept]
+            assert toy.true_answer("multiple choice", after) != toy.true_answer("multiple choice", before)
+
+
+def test_tags_split_over_tokens_and_merge_with_their_neighbours(world):
+    tokenizer, text = load_tokenizer(str(world / "model")), toy.solution("multiple choice", clips(1)[0])
+    ids = tokenizer(text).input_ids
+    pieces = [tokenizer.decode([i]) for i in ids]
+    assert "".join(pieces) == text and len(pieces) < 40
+    assert "</think>" not in pieces and "><" in pieces
+    masks = span_masks(token_bytes_of(tokenizer, ids))
+    assert 0 < masks["context"].sum() < masks["logic"].sum() < len(ids)
+
+
+def test_the_thinker_loads_and_its_prompts_are_short(world):
+    tokenizer, prompts = load_tokenizer(str(world / "model")), load_prompts("configs/toy/prompts.json")
+    thinker = load_thinker(str(world / "model"), None)
+    assert thinker.config.text_config.vocab_size == len(tokenizer)
+    for sample in read_samples([Source(str(world / "eval.json"))]):
+        inputs = make_inputs(sample, tokenizer, prompts, MediaConfig(fps=8.0, max_frames=8))
+        assert inputs.shape.second_per_grid == pytest.approx(0.25, rel=0.02) and len(inputs.prompt_ids) < 110
+
+
+@pytest.mark.parametrize("candidate, score", [
+    ("A smile, a falling voice, a red wall.", 1), ("A smile, a falling voice, a plain wall.", 2 / 3),
+    ("A smile, a rising voice, a red wall.", 2 / 3), ("A smile and a frown, a red or a blue wall.", 0), ("Nothing.", 0),
+])
+def test_context_rule(judge, candidate, score):
+    reference = "<context>A smile, a falling voice, a red wall.</context>"
+    reply = judge.submit_context(f"<context>{candidate}</context>", reference).result()
+    assert reply.error is None and reply.score == pytest.approx(score, abs=1e-3)
+
+
+@pytest.mark.parametrize("think, score", [
+    ("The smile with a falling voice: mockery.", 1), ("The smile: thanks.", 0.8), ("The frown: anger.", 0.6),
+    ("Hm.", 0.4),
+])
+def test_logic_rule(judge, think, score):
+    text = f"<context>A smile, a falling voice, a red wall.</context><think>{think}</think>"
+    assert judge.submit_logic(text).result().score == pytest.approx(score)
+
+
+def test_consistency_and_synonyms_rules(judge):
+    asks = AccuracyJudge(judge)
+    assert asks.consistency("a smile and a falling voice", "a smile and a falling voice") == 1
+    assert asks.consistency("a frown", "a smile and a falling voice") < 0.5
+    assert asks.synonyms({"happy", "tired"}, {"warm", "tired"}) == 1
+    assert asks.synonyms({"stern", "tired"}, {"warm", "tired"}) == 0.5
+
+
+def test_the_judge_answers_the_first_call_and_gives_no_score_for_what_it_does_not_know(judge):
+    judge.check()
+    assert toy.rule_score({"something": "else"}) is None
+
+
+def test_prepare_leaves_other_configs_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, "build_world", lambda *_: pytest.fail("built a world"))
+    toy.prepare(SFTConfig(model="m", output_dir=str(tmp_path), data=[Source("data/other.json")]))
+
+
+def test_configs_and_code_name_the_same_places():
+    for stage, cls in (("stage1", SFTConfig), ("stage2", GRPOConfig), ("stage3", GRPOConfig)):
+        config = load_config(cls, f"configs/toy/{stage}.json")
+        assert config.output_dir == str(toy.ROOT / stage) and config.data[0].path.startswith(str(toy.WORLD))
+    assert json.loads((toy.CONFIGS / "eval.json").read_text())["model"] == str(toy.ROOT / "stage3" / "model")
