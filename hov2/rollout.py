@@ -5,6 +5,7 @@ each prompt over [its keys and values, shared by its G rows | the rows' own]. Fi
 has its own random generator, so its completions don't depend on what is decoded beside it.
 """
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,18 +122,15 @@ class _Cache:
         return packed_attention(self.segments)(layer, query, key, value, scale)
 
     def attend(self, t):
-        """The attention of decoding step `t`: one query a row."""
-        runs = _runs(self.owner)
+        """The attention of decoding step `t`, one query a row: what `model.decode` takes."""
+        return functools.partial(self._attend, t, _runs(self.owner))
 
-        def attend(layer, query, key, value, scale):
-            own_k, own_v = self.own_keys[layer], self.own_values[layer]
-            own_k[:, :, t], own_v[:, :, t] = key[:, :, 0], value[:, :, 0]
-            parts = [_decode_attention(query[r], *self.prompts[layer][p], own_k[r, :, :t + 1], own_v[r, :, :t + 1],
-                                       scale)
-                     for p, r in runs]
-            return torch.cat(parts)
-
-        return attend
+    def _attend(self, t, runs, layer, query, key, value, scale):
+        own_k, own_v = self.own_keys[layer], self.own_values[layer]
+        own_k[:, :, t], own_v[:, :, t] = key[:, :, 0], value[:, :, 0]
+        parts = [_decode_attention(query[rows], *self.prompts[layer][prompt], own_k[rows, :, :t + 1],
+                                   own_v[rows, :, :t + 1], scale) for prompt, rows in runs]
+        return torch.cat(parts)
 
     def select(self, keep, owner):
         """Keeps the rows numbered `keep`."""
