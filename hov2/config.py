@@ -31,7 +31,8 @@ class Source:
     path: str
     media_root: str | None = None  # where the samples' media paths start; default: the data file's own folder
     slice: str = "all"
-    format: str = "hov2"
+    format: str = "hov2"  # how the file is published: formats.py
+    on_bad_record: Literal["error", "skip"] = "error"  # skip: a record that can't be used is left out, and counted
 
 
 @dataclass
@@ -166,11 +167,21 @@ class GRPOConfig(TrainConfig):
 
 @dataclass
 class EvalConfig(BaseConfig):
-    """Evaluation: greedy answers, accuracy per problem type."""
+    """Evaluation: greedy answers to the questions of data files, or of a benchmark, and their scores."""
 
+    data: list[Source] = field(default_factory=list)
+    benchmark: Literal["intentbench", "daily-omni", "worldsense"] | None = None  # instead of data
+    benchmark_root: str | None = None  # the benchmark's folder, as its authors publish it
     max_new_tokens: int = 2048
     batch_size: int = 8  # questions decoded together on one rank
     temperature: float = 0.0  # 0: greedy
+
+    def __post_init__(self):
+        """Refuses what can't be evaluated."""
+        if bool(self.data) == bool(self.benchmark):
+            raise ConfigError("data, benchmark: expected one of the two")
+        if bool(self.benchmark) != bool(self.benchmark_root):
+            raise ConfigError("benchmark, benchmark_root: expected both, or neither")
 
 
 def load_config(cls, path, overrides=()):
@@ -246,7 +257,7 @@ def _build(cls, values, where):
 def _check(kind, value, where):
     """`value` as `kind` (the few type forms that the dataclasses above use), or ConfigError."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is types.UnionType:  # X | None
+    if origin in (types.UnionType, typing.Union):  # X | None; of a Literal it is the latter
         return None if value is None else _check(args[0], value, where)
     if origin is Literal:
         if value not in args:

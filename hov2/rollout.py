@@ -56,10 +56,13 @@ def make_generator(device, *key):
 
 
 @torch.no_grad()
-def generate(thinker, prompts, num_generations, sampling, generators):
+def generate(thinker, prompts, num_generations, sampling, generators, on_token=None):
     """Samples `num_generations` completions for each prompt: a list of Rollout, in the order of the prompts.
 
     generators: one torch.Generator for each prompt (unused when greedy). The thinker must be in eval mode.
+    `on_token(ids)` is called after every step with the new token of each row, (rows,) on the device, `num_generations`
+    rows a prompt, `pad_id` for a row that has ended. Reading them waits for the device: at every token, where decoding
+    by itself waits only now and then.
     """
     device = prompts[0].ids.device
     hidden, cache = _prefill(thinker, prompts, num_generations, sampling.max_completion_length)
@@ -78,6 +81,8 @@ def generate(thinker, prompts, num_generations, sampling, generators):
         token, logp = _sample(logits, sampling, suppressed, generators, counts)
         tokens[alive, t] = torch.where(ended, sampling.pad_id, token)
         logps[alive, t] = torch.where(ended, 0.0, logp)
+        if on_token is not None:
+            on_token(tokens[:, t])
         ended = ended | torch.isin(token, stops)
         if t % LEAVE_EVERY == LEAVE_EVERY - 1:
             keep = (~ended).nonzero()[:, 0]

@@ -40,6 +40,7 @@ from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditio
 from hov2.config import Source
 from hov2.data import read_samples
 from hov2.prompts import load_prompts, render
+from hov2.rewards import block_text
 
 ROOT = Path("runs/toy")  # the configs in configs/toy name the same places
 WORLD = ROOT / "world"
@@ -260,7 +261,78 @@ def build_world(folder=WORLD, seed=0, *, train_clips=384, rl_clips=96, eval_clip
     tokenizer = make_tokenizer(texts)
     tokenizer.save_pretrained(folder / "model")
     make_thinker(tokenizer, seed).save_pretrained(folder / "model")
+    write_benchmarks(folder)
     (folder / "world.json").write_text(json.dumps({"seed": seed}))
+
+
+TURNS = {  # what the benchmarks group by and the toy has no like of: the labels that it gives out in turn
+    "intentbench": {"Type": ("Why", "How", "What", "When", "Who/Which", "Other", None)},
+    "daily-omni": {
+        "Type": ("Event Sequence", "AV Event Alignment", "Context understanding", "Reasoning", "Inference",
+                 "Comparative"),
+        "video_duration": ("30s", "60s"), "video_category": ("Howto & Style", "Comedy", "Education"),
+    },
+    "worldsense": {
+        "duration": ("<1min",), "audio_class": (["Speech"], ["Event", "Speech"], ["Music"]),
+        "domain": ("Tech & Science", "Culture & Politics", "Daily Life", "Film & TV", "Performance", "Games", "Sports",
+                   "Music"),
+    },
+    "worldsense task": {
+        "task_domain": ("Recognition", "Understanding", "Reasoning"),
+        "task_type": ("Audio Recognition", "Human Emotions", "Causal Reasoning"),
+    },
+}
+
+
+def write_benchmarks(folder):
+    """Writes the main questions of `folder`/eval.json once more in the layouts of IntentBench, Daily-Omni, WorldSense.
+
+    The folders intentbench/, daily-omni/ and worldsense/ link to the world's clips. The latter two take the multiple
+    choice questions about mp4 clips; WorldSense asks some of them again with three options. Labels are those of TURNS.
+    """
+    folder = Path(folder)
+    records = json.loads((folder / "eval.json").read_text())
+    records = [r | {"name": Path(r["path"]).name, "answer": block_text(r["solution"], "answer")} for r in records
+               if r["problem_type"] in MAIN_TYPES]
+    chosen = [r for r in records if r["problem_type"] == "multiple choice" and r["name"].endswith(".mp4")]
+    _write_benchmark(folder / "intentbench", "qa.json", [_for_intentbench(i, r) for i, r in enumerate(records)],
+                     {f"videos/{r['name']}": r["name"] for r in records})
+    ids = [Path(r["name"]).stem for r in chosen]
+    _write_benchmark(folder / "daily-omni", "qa.json", [
+        {"Question": r["problem"], "Choice": r["options"], "Answer": r["answer"], "video_id": name,
+         **_labels("daily-omni", i)} for i, (name, r) in enumerate(zip(ids, chosen))],
+        {f"Videos/{name}/{name}_video.mp4": f"{name}.mp4" for name in ids})
+    _write_benchmark(folder / "worldsense", "worldsense_qa.json", {
+        name: {"video_id": name, **_labels("worldsense", i), **_worldsense_tasks(i, r)}
+        for i, (name, r) in enumerate(zip(ids, chosen))}, {f"videos/{name}.mp4": f"{name}.mp4" for name in ids})
+
+
+def _labels(benchmark, number):
+    """Each label goes to four questions at a time, about the four intents."""
+    return {key: values[number // 4 % len(values)] for key, values in TURNS[benchmark].items()}
+
+
+def _for_intentbench(number, r):
+    labels = _labels("intentbench", number) if r["problem_type"] == "multiple choice" else {}
+    return {key: r[key] for key in ("problem", "problem_type", "options", "answer", "data_type")} | {
+        "solution": f"<answer>{r['answer']}</answer>", "video": r["name"], "qid": r["id"],
+        **{key: label for key, label in labels.items() if label}}
+
+
+def _worldsense_tasks(number, r):
+    task = {"question": r["problem"], "candidates": r["options"], "answer": r["answer"],
+            **_labels("worldsense task", number)}
+    return {"task0": task} | ({} if r["answer"] == "D" else {"task1": task | {"candidates": r["options"][:3]}})
+
+
+def _write_benchmark(root, file, content, links):
+    """The questions file in `root`, and in it relative links {place: clip of the world}."""
+    for place, clip in links.items():
+        link = root / place
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(os.path.relpath(root.parent / "clips" / clip, link.parent))
+    (root / file).write_text(json.dumps(content, indent=0))
 
 
 _MEDIA_TOKENS = {"image_token": "<|IMAGE|>", "audio_token": "<|AUDIO|>", "video_token": "<|VIDEO|>",
@@ -401,11 +473,14 @@ def prepare(config):
 
     That is the world, the judge (in this process), and the model of an earlier stage, by running that stage.
     """
-    if not any(Path(source.path).parent == WORLD for source in config.data):
+    benchmark = getattr(config, "benchmark_root", None)
+    if not any(Path(source.path).parent == WORLD for source in config.data) and Path(benchmark or "").parent != WORLD:
         return
     if not (WORLD / "world.json").exists():
         print(f"the toy's world is not there: building it in {WORLD}", flush=True)
         build_world()
+    if benchmark and not Path(benchmark).exists():  # an older world
+        write_benchmarks(WORLD)
     if config.judge is not None and not _answers(config.judge.url):
         RuleJudge(urlsplit(config.judge.url).port).start()
         print(f"rule-based toy judge at {config.judge.url}", flush=True)

@@ -114,7 +114,8 @@ def test_shipped_configs_load(path):
     if "model" not in values:
         pytest.skip("not a config of a script")
     kind = GRPOConfig if "num_generations" in values or "prompts_per_step" in values else SFTConfig
-    kind = EvalConfig if "eval" in path.stem else SFTConfig if "samples_per_step" in values else kind
+    kind = SFTConfig if "samples_per_step" in values else kind
+    kind = EvalConfig if path.stem.startswith(("eval", "filter")) else kind
     load_config(kind, path)
 
 

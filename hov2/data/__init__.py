@@ -1,6 +1,7 @@
 """From data files to model inputs: samples, slices, the global order of prompts, and loading with replacements.
 
 `read_samples` reads strictly: a record that can't be used is one DataError that names file, record and field.
+`python -m hov2.data CONFIG` (hov2.check) reads everything that a config names, and says what is wrong with it.
 `make_inputs` turns a sample into token ids, patches and mel frames on the CPU. `PromptOrder` says which samples belong
 to which step, for any number of ranks, and `StepLoader` loads a rank's share of them.
 """
@@ -10,6 +11,7 @@ import json
 import math
 import os
 import re
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass, field, replace
 from fractions import Fraction
@@ -18,7 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hov2.distributed import gather_objects
+from hov2.distributed import gather_objects, rank, rank_zero_first
+from hov2.formats import CONVERTERS, FormatError, convert, files_of, read_parquet
 from hov2.media import MediaError, log_mel, patchify, read_media
 from hov2.prompts import render
 from hov2.rewards import PROBLEM_TYPES, check_reference
@@ -67,22 +70,51 @@ class Sample:
 def read_samples(sources, seed=0):
     """The samples of all `sources` (config.Source), in order, each cut to its slice; `seed` is for random slices.
 
-    Files are a JSON list (.json) or one JSON object a line (.jsonl), UTF-8. All records of a file are checked, also
-    those outside the slice; media files aren't looked for until they are loaded. Raises DataError for the first bad
-    record and for a source of which nothing is left.
+    All records of a source are checked, also those outside the slice; media files aren't looked for until they are
+    loaded. Raises DataError for the first bad record and for a source of which nothing is left. With the source's
+    `on_bad_record: "skip"`, the slice's bad records are left out with a warning that counts them.
     """
     samples = []
     for source in sources:
-        if source.format not in FORMATS:
-            raise DataError(f"{source.path}: unknown format {source.format!r}; known: {', '.join(FORMATS)}")
-        root = Path(source.media_root) if source.media_root else Path(source.path).parent
-        read = FORMATS[source.format]
-        found = [read(record, number, source.path, root) for number, record in _records(source.path)]
-        kept = take_slice(found, source.slice, seed)
+        found = read_source(source)
+        bad = [error for error in found if isinstance(error, DataError)]
+        if bad and source.on_bad_record == "error":
+            raise DataError(f"{bad[0]} ({len(bad)} of {len(found)} records can't be used; the config's entry can leave "
+                            'them out: on_bad_record: "skip")')
+        cut = take_slice(found, source.slice, seed)
+        kept = [sample for sample in cut if isinstance(sample, Sample)]
         if not kept:
             raise DataError(f"{source.path}: slice {source.slice!r} of {len(found)} records leaves none")
+        if len(kept) < len(cut) and rank() == 0:
+            first = next(error for error in cut if isinstance(error, DataError))
+            warnings.warn(f"{source.path}: {len(cut) - len(kept)} of {len(cut)} records left out; first: {first}",
+                          stacklevel=2)
         samples += kept
     return samples
+
+
+def read_source(source):
+    """Every record of a `source`, uncut: a Sample, or the DataError that says what is wrong with it.
+
+    hov2's own files, and the published ones in JSON, are a list (.json) or one object a line (.jsonl), UTF-8. Raises
+    DataError for a file that can't be read as such.
+    """
+    if source.format not in CONVERTERS:
+        raise DataError(f"{source.path}: unknown format {source.format!r}; known: {', '.join(CONVERTERS)}")
+    try:
+        files = files_of(source.format, source.path)
+        found = []
+        for file in files:
+            root = Path(source.media_root) if source.media_root else Path(file).parent
+            if source.format == "omniinstruct":
+                with rank_zero_first():  # the first to read it writes out its media
+                    records = list(read_parquet(file, root))
+            else:
+                records = _records(file)
+            found += [_read(source.format, record, number, file, root) for number, record in records]
+    except FormatError as error:
+        raise DataError(str(error)) from None
+    return found
 
 
 def take_slice(items, text, seed=0):
@@ -104,23 +136,41 @@ def take_slice(items, text, seed=0):
 
 
 def _records(path):
-    """(record number from 1, record) of a JSON list or of JSON lines; the number of a line is that of the file."""
-    number, lines = 0, str(path).endswith(".jsonl")
+    """(record number from 1, record) of a JSON list or of JSON lines; the number of a line is that of the file.
+
+    For a line that is no JSON the record is a DataError.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
-        if lines:
-            for number, line in enumerate(text.split("\n"), 1):
-                if line.strip():
-                    yield number, json.loads(line)
-            return
-        records = json.loads(text)
+        if not str(path).endswith(".jsonl"):
+            records = json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"{path}: {f'record {number}: ' if lines else ''}not valid JSON: {error}") from None
+        raise DataError(f"{path}: not valid JSON: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: can't be read: {error}") from None
+    if str(path).endswith(".jsonl"):
+        return [(number, _line(line, number, path)) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not isinstance(records, list):
         raise DataError(f"{path}: expected a list of records (one object a line needs the ending .jsonl)")
-    yield from enumerate(records, 1)
+    return enumerate(records, 1)
+
+
+def _line(line, number, path):
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        return DataError(f"{path}: record {number}: not valid JSON: {error}")
+
+
+def _read(name, record, number, path, root):
+    if isinstance(record, DataError):
+        return record
+    try:
+        return _read_hov2(convert(name, record, root), number, path, root)
+    except FormatError as error:
+        return DataError(f"{path}: record {number}: {error}")
+    except DataError as error:
+        return error
 
 
 def _read_hov2(record, number, path, root):
@@ -149,9 +199,6 @@ def _read_hov2(record, number, path, root):
         paths={kind: os.path.abspath(root / file) for kind, file in paths.items()},
         extra={key: value for key, value in record.items() if key not in RECORD_FIELDS},
     )
-
-
-FORMATS = {"hov2": _read_hov2}
 
 
 def _text(record, name, where):
@@ -243,7 +290,7 @@ def make_inputs(sample, tokenizer, prompts, media_config, *, max_prompt_length=N
         if known is not None and key in known:
             shape, pixel_values, mel = known[key], None, None
         else:
-            shape, pixel_values, mel = _load_media(sample, media_config)
+            shape, pixel_values, mel = load_media(sample.paths, media_config)
         ids = _prompt_ids(sample, tokenizer, prompts, shape)
         if max_prompt_length is None or len(ids) <= max_prompt_length:
             return Inputs(torch.tensor(ids), shape, key, pixel_values, mel)
@@ -256,10 +303,13 @@ def make_inputs(sample, tokenizer, prompts, media_config, *, max_prompt_length=N
         media_config = replace(media_config, max_frames=max(2, min(frames, media_config.max_frames) // 4 * 2))
 
 
-def _load_media(sample, settings):
-    """(MediaShape, patches or None, mel or None) of the sample's files."""
+def load_media(paths, settings):
+    """(MediaShape, patches or None, mel or None) of a sample's `paths`, read as `settings` (MediaConfig) say.
+
+    Raises MediaError for a file that can't be used, or that holds something else than its place in `paths` says.
+    """
     shape, pixel_values, mel = {}, None, None
-    for kind, path in sample.paths.items():
+    for kind, path in paths.items():
         media = read_media(path, fps=settings.fps, max_frames=settings.max_frames, min_pixels=settings.min_pixels,
                            max_pixels=settings.max_pixels)
         found = "audio" if media.frames is None else "image" if media.sample_fps is None else "video"
@@ -277,7 +327,7 @@ def _load_media(sample, settings):
             raise MediaError(path, "the sound is shorter than one token of the audio tower (0.03 s)")
     if not MediaShape(**shape).audio_tokens:  # a video's blip too short for the tower is no sound
         shape["mel_frames"], mel = 0, None
-    interleaved = settings.interleave_audio and "video" in sample.paths and mel is not None
+    interleaved = settings.interleave_audio and "video" in paths and mel is not None
     return MediaShape(**shape, interleaved=interleaved), pixel_values, mel
 
 
