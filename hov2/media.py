@@ -30,6 +30,7 @@ TEMPORAL = 2  # frames in a patch
 MIN_FRAMES = 4  # frames taken of a clip that has them, however short it is
 MAX_ASPECT = 200
 MAX_AUDIO_SECONDS = 300  # what the audio tower was made for
+MAX_AMPLITUDE = 1e6  # of sound, where 1 is full scale: floating-point files may be above it, damaged ones at 1e30
 MAX_LOST = 0.01  # share of a video's packets that may be undecodable
 
 _MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
@@ -74,7 +75,8 @@ def read_media(path, *, fps=2.0, max_frames=32, min_pixels=4 * 28 * 28, max_pixe
 
     A file that ends early, or has up to 1 % undecodable video packets or any undecodable sound, is used as far as it
     goes, with a warning that names it; frames are then chosen among those that can be decoded. A file cut off is only
-    noticed where the header says how much there should be (MP4, AVI, Matroska, WebM). A damaged image is refused.
+    noticed where the header says how much there should be (MP4, AVI, Matroska, WebM). A damaged image is refused,
+    but for a GIF cut off, of which FFmpeg shows what there is.
 
     Raises MediaError for anything that can't be used: a missing, empty or unreadable file, a URL, a playlist, a file
     that is not media, one without picture and sound, one too damaged, a picture more than 200 times as wide as high.
@@ -210,7 +212,9 @@ def _demux(path, container, video, audio):
     counts, end, problem = {s.index: 0 for s in streams}, 0.0, None
     try:
         for packet in container.demux(streams):
-            counts[packet.stream_index] += 1
+            counts[packet.stream.index] += 1  # `stream_index` is 0 in every end mark of PyAV's
+            if container.format.name == "avi" and packet.dts is not None and packet.stream is video:
+                counts[video.index] = packet.dts + 1  # FFmpeg passes over empty packets, the header counts them
             if packet.pts is not None:
                 end = max(end, float(packet.pts * packet.time_base))
             if packet.size == 0:  # "repeat the last frame" of AVI and Theora, and PyAV's end mark; decoders refuse it
@@ -334,7 +338,8 @@ def _resize(picture, size):
 
 
 def _read_image(path, container, stream, size):
-    stream.codec_context.options = {"err_detect": "explode"}  # or half a JPEG is an image without a word
+    if stream.codec_context.name != "tiff":  # whose decoder would refuse any file with a tag that it doesn't know
+        stream.codec_context.options = {"err_detect": "explode"}  # or half a JPEG is an image without a word
     errors = []
     try:
         frame = next(_decode(stream.codec_context, [p for p in container.demux(stream) if p.size], errors), None)
@@ -394,6 +399,8 @@ class _Sound:
         if len(self.rates) > 1:
             raise MediaError(path, f"the sound's rate changes ({', '.join(map(str, sorted(self.rates)))} Hz)")
         samples = np.concatenate(self.blocks)
+        if not np.abs(samples).max() < MAX_AMPLITUDE:  # so that NaN fails too
+            raise MediaError(path, "the sound has samples that are infinite, no numbers or far too large")
         kept = samples[: MAX_AUDIO_SECONDS * self.rate]
         self.cut += (len(samples) - len(kept)) / self.rate
         return torch.from_numpy(_resample(kept, self.rate, sample_rate))
