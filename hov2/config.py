@@ -166,22 +166,55 @@ class GRPOConfig(TrainConfig):
 
 
 @dataclass
+class FilterConfig:
+    """The difficulty filter: questions with a share of right answers between two bounds make the next stage's data."""
+
+    output: str  # the data file to write, .jsonl
+    threshold: float = 0.2  # a sample is right when its accuracy reward is above this
+    min_share: float = 0.0  # a question stays when its share of right samples is above this ...
+    max_share: float = 0.75  # ... and below this
+
+    def __post_init__(self):
+        """Refuses bounds that nothing lies between."""
+        if not self.output.endswith(".jsonl"):
+            raise ConfigError(f"output: expected a file that ends in .jsonl, got {self.output!r}")
+        if not 0 <= self.min_share < self.max_share <= 1:
+            raise ConfigError(f"expected 0 <= min_share < max_share <= 1, got {self.min_share} and {self.max_share}")
+
+
+@dataclass
 class EvalConfig(BaseConfig):
-    """Evaluation: greedy answers to the questions of data files, or of a benchmark, and their scores."""
+    """Evaluation: answers to the questions of data files, or of a benchmark, and their scores."""
 
     data: list[Source] = field(default_factory=list)
     benchmark: Literal["intentbench", "daily-omni", "worldsense"] | None = None  # instead of data
     benchmark_root: str | None = None  # the benchmark's folder, as its authors publish it
+    system_prompt: str = "hov2"  # hov2: that of the prompts; none; qwen: the model's own default; else a text file
     max_new_tokens: int = 2048
     batch_size: int = 8  # questions decoded together on one rank
+    num_samples: int = 1  # answers to each question
     temperature: float = 0.0  # 0: greedy
+    top_p: float = 1.0
+    top_k: int = 0
+    filter: FilterConfig | None = None
+    resume: bool = True  # go on with the answers in output_dir; false: sets them aside
 
     def __post_init__(self):
         """Refuses what can't be evaluated."""
+        for name in ("max_new_tokens", "batch_size", "num_samples"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: at least 1, got {getattr(self, name)}")
         if bool(self.data) == bool(self.benchmark):
             raise ConfigError("data, benchmark: expected one of the two")
         if bool(self.benchmark) != bool(self.benchmark_root):
             raise ConfigError("benchmark, benchmark_root: expected both, or neither")
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ConfigError("temperature and top_k: at least 0, top_p: above 0 and at most 1; got "
+                              f"{self.temperature}, {self.top_k}, {self.top_p}")
+        if self.num_samples > 1 and not self.temperature:
+            raise ConfigError(f"num_samples: {self.num_samples} greedy answers are one answer; set a temperature")
+        if self.filter and (self.num_samples < 2 or self.benchmark):
+            raise ConfigError("filter: needs num_samples of at least 2, and data (not a benchmark)")
 
 
 def load_config(cls, path, overrides=()):

@@ -1,72 +1,163 @@
 """Answering held-out questions and scoring the answers: used by evaluate.py and by both training loops.
 
-Every rank takes every n-th question and decodes a few at a time; the records are gathered in the questions' order. What
-could not be had is counted and named, never scored: a clip that can't be read, a judge that did not answer.
+The questions, longest clips first, are cut into batches once; whichever rank is free takes the next batch. Neither the
+number of ranks nor a run that was killed and goes on changes what is decoded together, so the answers are the same.
+What could not be had is counted and named, never scored: a clip that can't be read, a judge that did not answer.
 """
 
-import math
+import hashlib
+import itertools
+import json
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from hov2.checkpoint import export
+from hov2.config import ConfigError
 from hov2.data import SkipSample, read_samples
-from hov2.distributed import compute_dtype, gather_objects, rank, unsharded, world_size
+from hov2.distributed import barrier, compute_dtype, gather_objects, rank, unsharded, world_size
 from hov2.media import MediaError
 from hov2.model import set_training
-from hov2.rewards import answer_text
+from hov2.results import over_samples, summarize
+from hov2.rewards import PROBLEM_TYPES, answer_text
 from hov2.rollout import generate, make_generator, sampling_for
 from hov2.scoring import Scorer
+from hov2.setup import say
 from hov2.spans import completion_texts, completion_tokens
 
-SCORES = ("accuracy", "format", "context")  # of an evaluated answer; context only with a judge
+READERS = 4  # threads that read a batch's clips
+BARE = {"multiple choice": "[A-Z]", "emer_ov_mc": r"[A-Z](,\s?[A-Z])*", "judge": "(?i:yes|no)"}  # and nothing else
+_SECONDS = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:s|sec|seconds)?\s*")
 
 
 class Evaluator:
-    """Answers questions with a run's policy; `temperature` 0 is greedy."""
+    """Answers questions with a run's policy; `temperature` 0 is greedy, `num_samples` answers to each question.
 
-    def __init__(self, run, *, max_new_tokens, batch_size, temperature=0.0):
-        self.run, self.batch_size = run, batch_size
-        self.scorer = Scorer(run.judge, evaluation=True)
-        self.scores = SCORES if run.judge else SCORES[:2]
+    `training_rewards`: scores as in training, where a text without an answer block has no answer, and asks the judge
+    about no contexts. For the difficulty filter.
+    """
+
+    def __init__(self, run, *, max_new_tokens, batch_size, num_samples=1, temperature=0.0, top_k=0, top_p=1.0,
+                 training_rewards=False):
+        self.run, self.batch_size, self.num_samples = run, batch_size, num_samples
+        self.scorer = Scorer(run.judge, evaluation=not training_rewards)
+        self.scores = ["accuracy", "format"] + (["context"] if run.judge and not training_rewards else [])
         self.sampling = sampling_for(run.tokenizer, run.policy.thinker.config, max_completion_length=max_new_tokens,
-                                     temperature=temperature)
+                                     temperature=temperature, top_k=top_k, top_p=top_p)
 
-    def evaluate(self, samples):
+    def evaluate(self, samples, journal=None):
         """Returns (summary, records), the same on every rank; the policy must be in eval mode.
 
-        Each record has the fields of `_record`; a value that is unknown or doesn't apply is None.
+        Each record has the fields of `_record`; a value that is unknown or doesn't apply is None. With a `Journal`,
+        batches that it holds whole are not answered again.
         """
-        mine, records = list(range(len(samples)))[rank()::world_size()], {}
+        order, records = longest_first(samples), {}
+        batches = [order[i:i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        kept = _merged(gather_objects(journal.read() if journal else {}))
+        batches = [batch for batch in batches if not kept.keys() >= set(batch)]
+        left = sum(map(len, batches))
+        say(f"going on with the answers to {len(samples) - left} of {len(samples)} questions" if kept else "")
         with torch.no_grad(), unsharded(self.run.policy), tqdm(
-                total=len(mine), desc="evaluate", unit="question", disable=None if rank() == 0 else True) as bar:
-            for start in range(0, len(mine), self.batch_size):
-                batch = mine[start:start + self.batch_size]
-                records |= self._answer(samples, batch)
-                bar.update(len(batch))
-        gathered = {i: record for of_rank in gather_objects(records) for i, record in of_rank.items()}
-        ordered = [gathered[i] for i in range(len(samples))]
+                total=len(samples), initial=len(samples) - left, desc="evaluate", unit="question",
+                disable=None if rank() == 0 else True) as bar:
+            for batch, loading, begun in self._loaded(samples, batches):
+                answered = self._answer(samples, batch, loading)
+                if journal:
+                    journal.append(answered)
+                records |= answered
+                bar.update(len(samples) - left + begun - bar.n)
+        kept |= _merged(gather_objects(records))
+        ordered = [kept[i] for i in range(len(samples))]
         return summarize(ordered), ordered
 
-    def _answer(self, samples, batch):
+    def _loaded(self, samples, batches):
+        """(batch, futures of its Inputs, questions begun by all ranks) in turn; the next one is read meanwhile."""
+        ends, ahead = [*itertools.accumulate(map(len, batches))], None
+        with ThreadPoolExecutor(READERS) as pool:
+            for turn in _turns(len(batches)):
+                loading = [pool.submit(self.run.make, samples[i]) for i in batches[turn]]
+                if ahead:
+                    yield ahead
+                ahead = batches[turn], loading, ends[turn]
+            if ahead:
+                yield ahead
+
+    def _answer(self, samples, batch, loading):
         """{index: record} for the samples numbered `batch`, decoded together."""
-        run, records, prompts = self.run, {}, {}
-        for i in batch:
+        run, records, prompts, pending = self.run, {}, {}, {}
+        for i, inputs in zip(batch, loading):
             try:
-                prompts[i] = run.encoder(run.make(samples[i]))
+                prompts[i] = run.encoder(inputs.result())
             except (MediaError, SkipSample) as error:
                 records[i] = _record(samples[i], error=str(error))
         if not prompts:
             return records
         generators = [make_generator(run.device, run.config.seed, 0, i) for i in prompts]
-        rollouts = run.policy(generate, list(prompts.values()), 1, self.sampling, generators)
-        texts = [completion_texts(completion_tokens(run.tokenizer, r), r.truncated)[0] for r in rollouts]
-        pending = [[self.scorer.submit(name, text, samples[i]) for name in self.scores]
-                   for i, text in zip(prompts, texts)]
-        for i, rollout, text, scores in zip(prompts, rollouts, texts, pending):
-            values = {name: score.result().value for name, score in zip(self.scores, scores)}
-            records[i] = _record(samples[i], text, bool(rollout.truncated[0]), values)
+        rollouts = run.policy(generate, list(prompts.values()), self.num_samples, self.sampling, generators)
+        for i, rollout in zip(prompts, rollouts):
+            texts = completion_texts(completion_tokens(run.tokenizer, rollout), rollout.truncated)
+            pending[i] = [(text, cut, [self.scorer.submit(name, text, samples[i]) for name in self.scores])
+                          for text, cut in zip(texts, rollout.truncated.tolist())]
+        for i, answers in pending.items():
+            records[i] = _record(samples[i], [
+                _scored(samples[i], text, cut, {n: s.result().value for n, s in zip(self.scores, scores)})
+                for text, cut, scores in answers])
         return records
+
+
+class Journal:
+    """Answers on disk as they come, in `output_dir/answers`: a file a rank, and the protocol that they were had under.
+
+    `protocol` is a JSON-able dict of all that an answer depends on, but for the questions. Answers of an earlier run
+    are taken up; ConfigError if that had another protocol or other questions. `resume` false moves them, with that
+    run's results, to `output_dir/earlier-N` instead. All ranks make one, before any appends.
+    """
+
+    def __init__(self, output_dir, protocol, samples, resume=True):
+        self.folder = Path(output_dir) / "answers"
+        path, protocol = self.folder / "protocol.json", protocol | {"questions and clips": _digest(samples)}
+        if not resume and rank() == 0:
+            _set_aside(Path(output_dir))
+        barrier()
+        if path.exists():
+            old, new = json.loads(path.read_text()), json.loads(json.dumps(protocol))
+            other = [f"{key} was {old.get(key)!r:.80} and is {new.get(key)!r:.80}" for key in new | old
+                     if old.get(key) != new.get(key)]
+            if other:
+                raise ConfigError(f"{self.folder}: answers of another protocol: {'; '.join(other)}. Set these back, "
+                                  "choose another output_dir, or set the answers aside with resume=false")
+        barrier()  # all have looked
+        if rank() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(path, json.dumps(protocol, indent=2) + "\n")
+        barrier()
+        self.path = self.folder / f"rank-{rank()}.jsonl"
+        if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
+            self.append({}, "\n")  # ends a line that a kill cut short
+
+    def read(self):
+        """{index: record} of all answers so far, whatever rank wrote them; a line that a kill cut short is left out."""
+        records = {}
+        for path in sorted(self.folder.glob("rank-*.jsonl")):
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                try:
+                    entry = json.loads(line)
+                    records[entry["index"]] = entry["record"]
+                except ValueError:
+                    continue
+        return records
+
+    def append(self, records, before=""):
+        """Writes {index: record} to this rank's file, at once."""
+        lines = [before] + [json.dumps({"index": i, "record": record}) + "\n" for i, record in records.items()]
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write("".join(lines))
 
 
 class HeldOut:
@@ -94,52 +185,77 @@ class HeldOut:
         return {f"eval/{name}": summary[name] for name in ("accuracy", "format", "context", "unreadable")}
 
 
-def _record(sample, text=None, truncated=None, scores=None, error=None):
-    """One line of predictions.jsonl; `error` says why a question could not be asked."""
-    answer = None if text is None else answer_text(text)
-    return {
-        "id": sample.id, "source": sample.source, "problem": sample.problem, "problem_type": sample.problem_type,
-        "solution": sample.solution, "completion": text, "answer": answer, **(dict.fromkeys(SCORES) | (scores or {})),
-        "no_answer": None if text is None else answer is None, "truncated": truncated, "error": error,
-        "extra": sample.extra,
-    }
+def longest_first(samples):
+    """The samples' positions, longest clip first, by `video_duration` or `duration` in seconds where the data say it
+    ("30s", 30.5), then by the size of the media files; equals, and questions without media, in the data's order."""
+    def _length(i):
+        extra = samples[i].extra
+        said = [_SECONDS.fullmatch(str(extra[name])) for name in ("video_duration", "duration") if name in extra]
+        seconds = next((float(match[1]) for match in said if match), 0.0)
+        files = {*samples[i].paths.values()}
+        return seconds, sum(os.path.getsize(path) for path in files if os.path.isfile(path))
+    return sorted(range(len(samples)), key=_length, reverse=True)  # stable: equals keep their order
 
 
-def summarize(records):
-    """Means over the records where a value is present, in all and by problem type, and counts of what is missing."""
-    kinds = sorted({r["problem_type"] for r in records})
-    answered = [r for r in records if r["error"] is None]
-    return {
-        "questions": len(records),
-        "accuracy": _mean(r["accuracy"] for r in records),
-        "format": _mean(r["format"] for r in records),
-        "context": _mean(r["context"] for r in records),
-        "by_problem_type": {kind: {
-            "questions": sum(r["problem_type"] == kind for r in records),
-            "accuracy": _mean(r["accuracy"] for r in records if r["problem_type"] == kind),
-        } for kind in kinds},
-        "no_answer": sum(r["no_answer"] for r in answered),
-        "truncated": sum(r["truncated"] for r in answered),
-        "unscored": sum(r["accuracy"] is None for r in answered),
-        "unreadable": len(records) - len(answered),
-    }
+def write_whole(path, text):
+    """Writes a file that is there as a whole or not at all."""
+    part = Path(f"{path}.unfinished")
+    part.write_text(text, encoding="utf-8")
+    part.rename(path)
 
 
-def _mean(values):
-    present = [v for v in values if v is not None]
-    return math.fsum(present) / len(present) if present else None
+_rounds = itertools.count()
 
 
-def format_summary(summary):
-    """The summary as a text table."""
-    rows = [(kind, row["questions"], row["accuracy"]) for kind, row in summary["by_problem_type"].items()]
-    rows.append(("all", summary["questions"], summary["accuracy"]))
-    lines = [f"{'problem type':<18}{'questions':>10}{'accuracy':>10}"]
-    lines += [f"{kind:<18}{count:>10}{_number(accuracy):>10}" for kind, count, accuracy in rows]
-    lines.append(f"format {_number(summary['format'])}, context {_number(summary['context'])}; " + ", ".join(
-        f"{name.replace('_', ' ')}: {summary[name]}" for name in ("no_answer", "truncated", "unscored", "unreadable")))
-    return "\n".join(lines)
+def _turns(count):
+    """Numbers below `count`: of all ranks, the one that asks next gets the next, so that none waits for another."""
+    if world_size() == 1:
+        yield from range(count)
+        return
+    name, store = f"hov2/turns/{next(_rounds)}", dist.distributed_c10d._get_default_store()
+    while (turn := store.add(name, 1) - 1) < count:
+        yield turn
 
 
-def _number(value):
-    return "-" if value is None else f"{value:.3f}"
+def _merged(of_ranks):
+    return {i: record for records in of_ranks for i, record in records.items()}
+
+
+def _digest(samples):
+    """A checksum of the questions and of the order in which they are asked, which their clips' sizes decide."""
+    asked = [[s.id, s.problem, s.problem_type, s.options, s.solution, s.paths, s.extra] for s in samples]
+    return hashlib.sha256(json.dumps([asked, longest_first(samples)]).encode()).hexdigest()[:16]
+
+
+def _set_aside(output_dir):
+    found = [output_dir / name for name in ("answers", "predictions.jsonl", "results.json", "results.txt")]
+    target = output_dir / f"earlier-{1 + sum(1 for _ in output_dir.glob('earlier-*'))}"
+    for path in filter(Path.exists, found):
+        target.mkdir(exist_ok=True)
+        path.rename(target / path.name)
+
+
+def _scored(sample, text, truncated, scores):
+    """One answer: `parsed` is what counts of it, `exact` its accuracy if it is put as it should be (BARE), else 0."""
+    answer = answer_text(text)
+    said = text.strip() if answer is None else answer
+    bare = re.fullmatch(BARE.get(sample.problem_type, "(?s:.*)"), said)
+    parsed = PROBLEM_TYPES[sample.problem_type][0](said) if said else None
+    if parsed and not isinstance(parsed, str):
+        parsed = ",".join(sorted(parsed)) if isinstance(parsed, set) else str(Fraction(parsed.value))
+    accuracy = scores["accuracy"]
+    return {"completion": text, "answer": answer, "parsed": parsed or None, "accuracy": accuracy,
+            "exact": accuracy if bare or accuracy is None else 0.0, "format": scores["format"],
+            "context": scores.get("context"), "no_answer": answer is None, "truncated": truncated}
+
+
+_NO_ANSWER = dict.fromkeys(("completion", "answer", "parsed", "accuracy", "exact", "format", "context", "no_answer",
+                            "truncated"))
+
+
+def _record(sample, answers=None, error=None):
+    """One line of predictions.jsonl: a question with its answer, or what several add up to (results.over_samples);
+    `error` says why it could not be asked."""
+    said = _NO_ANSWER if answers is None else answers[0] if len(answers) == 1 else over_samples(answers)
+    return {"id": sample.id, "source": sample.source, "problem": sample.problem, "problem_type": sample.problem_type,
+            "solution": sample.solution, **said, "error": error, "extra": sample.extra}
