@@ -5,6 +5,7 @@
 
 Reads every data file and benchmark that the configs name, looks at every clip and prints a table for each config, then
 which clips the configs share. Exit code 1 if anything would be skipped or would stop the run, 2 for an unusable config.
+Prompts are measured with the model's tokenizer; max_prompt_length=null does without.
 """
 
 import argparse
@@ -30,13 +31,14 @@ from hov2.benchmarks import read_benchmark
 from hov2.config import BaseConfig, EvalConfig, GRPOConfig, MediaConfig, SFTConfig, load_config
 from hov2.data import DataError, Sample, SkipSample, load_media, make_inputs, read_source, take_slice
 from hov2.media import MediaError
-from hov2.model import ModelError, load_tokenizer
+from hov2.model import load_tokenizer
 from hov2.prompts import load_prompts
 from hov2.rewards import format_reward
 from hov2.setup import USER_ERRORS
 
 SKIPPED = ("bad record", "missing", "unreadable", "too long")  # what a run can't use
 COLUMNS = (*SKIPPED, "damaged", "no 3 blocks")  # damaged: used as far as it can be decoded
+UNSEEN = {"none": ("unreadable", "too long", "damaged"), "probe": ("too long", "damaged"), "decode": ()}  # by --media
 SHOWN = 10  # problems and shared clips printed
 
 
@@ -47,7 +49,7 @@ class Part:
     group: str  # whose clips these are: the config, or its held-out questions
     name: str
     config: BaseConfig
-    make: object  # make_inputs with the config's settings; None: prompts aren't measured
+    make: object  # make_inputs with the config's settings; None: prompts aren't, or needn't be, measured
     trained: bool  # on these solutions
     samples: list
     problems: list  # (one of COLUMNS, sample id or None, reason)
@@ -67,30 +69,24 @@ def read_config(path, overrides=()):
     return load_config(max(kinds, key=lambda kind: len(keys & kind.__dataclass_fields__.keys())), path, overrides)
 
 
-def prompt_maker(path, configs, media):
-    """make_inputs with the settings of the config at `path`; None if its prompts can't be, or needn't be, measured.
+def prompt_maker(config, prompts, configs):
+    """make_inputs with the config's settings and `prompts`. Raises ModelError.
 
-    A model that isn't there yet, because another of the configs is to make it, will have that one's tokenizer. Prints
-    why there is none. Raises PromptsError.
+    A model that isn't there yet, because another of `configs` is to make it, will have that one's tokenizer.
     """
-    config, prompts = configs[path], load_prompts(configs[path].prompts)
-    if media != "decode" or not config.max_prompt_length:
-        return None
-    name, made = config.model, {Path(c.output_dir, "model"): c.model for c in configs.values()}
+    name, made = config.model, {Path(other.output_dir, "model"): other.model for other in configs}
     for _ in configs:
         name = name if Path(name).exists() else made.get(Path(name), name)
-    try:
-        return functools.partial(
-            make_inputs, tokenizer=load_tokenizer(name), prompts=prompts, media_config=config.media,
-            max_prompt_length=config.max_prompt_length, on_long_prompt=config.on_long_prompt)
-    except ModelError as error:
-        print(f"{path}: no tokenizer, so prompt lengths are left out: {error}")
-        return None
+    return functools.partial(
+        make_inputs, tokenizer=load_tokenizer(name), prompts=prompts, media_config=config.media,
+        max_prompt_length=config.max_prompt_length, on_long_prompt=config.on_long_prompt)
 
 
 def parts_of(path, configs, media):
     """A Part for each data file or benchmark of the config at `path`, but for files that another config will write."""
-    config, make = configs[path], prompt_maker(path, configs, media)
+    config, prompts = configs[path], load_prompts(configs[path].prompts)
+    measured = media == "decode" and config.max_prompt_length
+    make = prompt_maker(config, prompts, configs.values()) if measured else None
     made = {c.filter.output: maker for maker, c in configs.items() if isinstance(c, EvalConfig) and c.filter}
     entries = [(path, source) for source in config.data]
     entries += [(f"{path} (held out)", source) for source in getattr(config, "eval_data", [])]
@@ -125,7 +121,7 @@ def read_cut(source, seed):
 
 def run_all(function, tasks, workers, title):
     """[function(task) for each task], by `workers` processes (1: in this one), with a progress bar."""
-    bar = functools.partial(tqdm, desc=title, unit="clip", disable=None)
+    bar = functools.partial(tqdm, desc=title, unit="clip", disable=None if tasks else True)
     workers = min(workers, len(tasks))
     if workers < 2:
         return [function(task) for task in bar(tasks)]
@@ -230,10 +226,9 @@ def table(parts, media):
     width = max(len(part.name) for part in parts)
     lines = [f"  {'source':<{width}}  {'samples':>8}" + "".join(f"  {name:>11}" for name in COLUMNS)]
     for part in parts:
-        unseen = {"unreadable": media == "none", "damaged": media != "decode", "no 3 blocks": not part.trained,
-                  "too long": part.config.max_prompt_length and not part.make}
+        unseen = UNSEEN[media] if part.trained else (*UNSEEN[media], "no 3 blocks")
         counts = Counter(kind for kind, *_ in part.problems)
-        cells = [f"  {'-' if unseen.get(name) else counts[name]:>11}" for name in COLUMNS]
+        cells = [f"  {'-' if name in unseen else counts[name]:>11}" for name in COLUMNS]
         lines.append(f"  {part.name:<{width}}  {len(part.samples):>8}" + "".join(cells))
         for counter in filter(None, (Counter(sample.problem_type for sample in part.samples), part.media)):
             lines.append("    " + ", ".join(f"{count} {name}" for name, count in counter.most_common()))
