@@ -16,9 +16,9 @@ from hov2.data import CHOICE_TYPES, SPECIAL_TOKEN, DataError, Sample
 from hov2.results import mean
 from hov2.rewards import PROBLEM_TYPES, check_reference
 
-# {benchmark: {"source": where the figures come from, "name": as printed, "questions": how many, "digits": of the rows'
-# figures, "columns": {of the paper's table: [breakdown, label, questions or null]}, "rows": {model: accuracies in %, Avg
-# last}, "note": printed below, "breakdowns": {name: [a record's field, labels that come first after the columns']}}}
+# By benchmark. "columns" are [breakdown, label, number of questions] by column of the paper's table; "rows" have their
+# accuracies in %, Avg last, printed with "digits"; "breakdowns" are [field of a record, labels that come first beside
+# the columns']; "note" is printed below the table.
 PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
 NOT_GIVEN = "(not given)"  # the column of questions without the field that a breakdown goes by
 

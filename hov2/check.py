@@ -131,7 +131,7 @@ def run_all(function, tasks, workers, title):
         try:
             return [future.result() for future in bar(futures)]
         except BrokenExecutor:
-            lost = [str(task) for task, future in zip(tasks, futures) if future.done() and future.exception()]
+            lost = [str(task) for task, future in zip(tasks, futures) if future.exception()]
             raise DataError(f"{title}: a process died, most likely on one of these: "
                             + "; ".join(lost[:2 * workers])) from None
         finally:
@@ -207,13 +207,12 @@ def shared_clips(parts, media, workers):
     files = sorted(path for path in set().union(*groups.values()) if os.path.isfile(path)) if len(groups) > 1 else []
     sizes = Counter(map(os.path.getsize, files))
     alike = [path for path in files if sizes[os.path.getsize(path)] > 1 and media != "none"]
-    content = {path: path for paths in groups.values() for path in paths}
-    content |= zip(alike, run_all(digest, alike, workers, "contents"))
+    digests = dict(zip(alike, run_all(digest, alike, workers, "contents")))
     for (one, paths), (other, others) in itertools.combinations(groups.items(), 2):
         shared = {"name": sorted({Path(path).stem for path in paths} & {Path(path).stem for path in others})}
         if media != "none":
-            theirs = {content[path] for path in others}
-            shared["content"] = sorted(path for path in paths if content[path] in theirs)
+            theirs = {digests.get(path, path) for path in others}
+            shared["content"] = sorted(path for path in paths if digests.get(path, path) in theirs)
         yield one, other, shared
 
 
