@@ -25,18 +25,19 @@ from dataclasses import dataclass
 import torch
 
 from hov2 import distributed, optim, toy
-from hov2.checkpoint import export, resume, save_if_due
+from hov2.checkpoint import resume, save_if_due
 from hov2.config import GRPOConfig
 from hov2.data import PromptOrder, Sample, StepLoader, read_samples
 from hov2.evaluation import HeldOut
 from hov2.grpo import apply_gate, credit, full_reward, grpo_loss, kl_coef, masked_mean, reward_advantages, token_terms
 from hov2.log import MetricsLog, RolloutDump, Timer
-from hov2.model import Prompt, load_policy, set_training
+from hov2.model import Prompt, adapters_off, load_reference, set_training
 from hov2.prefix import group_logps
 from hov2.rollout import Rollout, generate, make_generator, sampling_for
 from hov2.scoring import Scorer
 from hov2.setup import command, report_derived, report_replaced, say, start
 from hov2.spans import completion_texts, completion_tokens, find_block, span_masks, text_offsets
+from hov2.weights import export
 
 
 @dataclass
@@ -70,8 +71,7 @@ def main(config):
         toy.prepare(config)  # builds the toy's world for the toy's configs, and nothing for others
     run = start(config, device)
     policy = run.policy
-    # the model that this stage begins with, frozen; its towers aren't needed, encodings come from the policy's
-    reference = load_policy(config, device, trained=False, towers=False) if config.beta else None
+    reference = load_reference(config, device, policy)
     optimizer = optim.make_optimizer(policy, config)
     samples = read_samples(config.data, config.seed)
     order = PromptOrder(len(samples), config.prompts_per_step, config.seed)
@@ -217,10 +217,11 @@ def reference_logps(reference, batches, config):
     """Fills each group's reference log-probs; nothing to do without a reference (beta 0)."""
     if reference is None:
         return
-    for batch in batches:
-        logps, _ = forward(reference, batch, config)
-        for group, of_group in zip(batch, logps):
-            group.ref_logps = of_group
+    with adapters_off():
+        for batch in batches:
+            logps, _ = forward(reference, batch, config)
+            for group, of_group in zip(batch, logps):
+                group.ref_logps = of_group
     distributed.reshard(reference)
 
 

@@ -11,7 +11,7 @@ batches together: one global count, so that the result doesn't depend on how the
 import torch
 
 from hov2 import distributed, optim, toy
-from hov2.checkpoint import export, resume, save_if_due
+from hov2.checkpoint import resume, save_if_due
 from hov2.config import SFTConfig
 from hov2.data import PromptOrder, StepLoader, encode_solution, read_samples
 from hov2.evaluation import HeldOut
@@ -19,6 +19,7 @@ from hov2.log import MetricsLog, Timer
 from hov2.model import set_training
 from hov2.prefix import conversation_logps, group_logps
 from hov2.setup import command, report_derived, report_replaced, say, start
+from hov2.weights import export
 
 
 def main(config):

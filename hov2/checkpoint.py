@@ -1,4 +1,4 @@
-"""Checkpoints to resume from, and exports to use elsewhere.
+"""Checkpoints to resume from.
 
 `checkpoint-N/` holds the trained weights and the optimiser's state, sharded (torch.distributed.checkpoint), and
 `state.json` with what the loop needs to go on: the number of steps done and the loader's position. Random numbers need
@@ -11,16 +11,9 @@ import shutil
 from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from hov2.distributed import barrier, rank
-from hov2.model import source_folder
 
 UNFINISHED = ".unfinished"  # ending of what is being written
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
@@ -95,62 +88,3 @@ def set_aside(output_dir):
         for path in found:
             path.rename(target / path.name)
         print(f"an earlier run's checkpoints and logs are now in {target}", flush=True)
-
-
-def export(policy, folder, name, dtype):
-    """Writes the policy as a Hugging Face folder like the one it came from: what went in comes out.
-
-    `name` is the model that the run began with. A thinker gives a thinker's folder; a full Qwen2.5-Omni checkpoint
-    gives a full one, its talker and vocoder copied. Weights are written as `dtype`; tokenizer and other small files are
-    copied. All ranks call it.
-    """
-    folder, source = Path(folder), source_folder(name)
-    full = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if rank() == 0:
-        weights = {key.removeprefix("thinker."): value.to(dtype) for key, value in full.items()}
-        unfinished = folder.with_name(folder.name + UNFINISHED)
-        shutil.rmtree(unfinished, ignore_errors=True)
-        if is_full_omni(source):
-            _write_into_full(weights, unfinished, source)
-        else:
-            policy.thinker.save_pretrained(unfinished, state_dict=weights)
-            _edit_json(unfinished / "config.json", dtype=str(dtype).removeprefix("torch."))
-        for path in source.iterdir():
-            weights_file = path.name.endswith((".safetensors", ".index.json", ".bin"))
-            if path.is_file() and not weights_file and not (unfinished / path.name).exists():
-                shutil.copy(path, unfinished / path.name)
-        shutil.rmtree(folder, ignore_errors=True)  # only now: it may be the very folder that the run began with
-        unfinished.rename(folder)
-    barrier()
-
-
-def is_full_omni(folder):
-    """Whether the folder holds a full Qwen2.5-Omni (thinker, talker, vocoder) rather than a thinker."""
-    return json.loads((Path(folder) / "config.json").read_text())["model_type"] == "qwen2_5_omni"
-
-
-def hub_key(name):
-    """A thinker parameter's name in the published checkpoints: `model.language_model.X` is `model.X` there, etc."""
-    for inside, outside in (("model.language_model.", "model."), ("model.visual.", "visual."),
-                            ("model.audio_tower.", "audio_tower.")):
-        if name.startswith(inside):
-            return outside + name.removeprefix(inside)
-    return name
-
-
-def _edit_json(path, **values):
-    path.write_text(json.dumps(json.loads(path.read_text()) | values, indent=2) + "\n")
-
-
-def _write_into_full(weights, folder, source):
-    """Copies the full checkpoint file by file, with the thinker's tensors replaced."""
-    folder.mkdir(parents=True)
-    left = {f"thinker.{hub_key(name)}": value for name, value in weights.items()}
-    for path in sorted(source.glob("*.safetensors")):
-        tensors = load_file(path)
-        tensors.update({key: left.pop(key).contiguous() for key in list(left) if key in tensors})
-        save_file(tensors, folder / path.name, metadata={"format": "pt"})
-    if left:
-        raise ValueError(f"{source}: the checkpoint has no place for {next(iter(left))}")
-    for index in source.glob("*.index.json"):
-        shutil.copy(index, folder / index.name)

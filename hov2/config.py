@@ -60,6 +60,22 @@ class JudgeConfig:
 
 
 @dataclass
+class LoRAConfig:
+    """Adapters of low rank on the decoder's linear layers, trained instead of its weights (Hu et al., 2021)."""
+
+    rank: int = 16
+    alpha: float = 32.0  # an adapter's output is multiplied by alpha / rank
+    target_modules: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj",
+                                                               "up_proj", "down_proj"])
+
+    def __post_init__(self):
+        """Refuses adapters that can't train."""
+        if self.rank < 1 or self.alpha <= 0 or not self.target_modules:
+            raise ConfigError("lora: expected a rank of at least 1, an alpha above 0 and some target_modules, got "
+                              f"{self.rank}, {self.alpha} and {self.target_modules}")
+
+
+@dataclass
 class BaseConfig:
     """What training and evaluation share."""
 
@@ -68,6 +84,7 @@ class BaseConfig:
     data: list[Source]
     seed: int = 0
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, float32 on CPU
+    shard_within_node: bool = False  # true: each node holds a whole copy (HSDP), so that weights never cross nodes
     media: MediaConfig = field(default_factory=MediaConfig)
     prompts: str | None = None  # JSON file that replaces words of prompts.py
     max_prompt_length: int | None = None  # tokens, media included
@@ -90,6 +107,8 @@ class TrainConfig(BaseConfig):
     adam_beta2: float = 0.999
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    optimizer_states: Literal["float32", "bfloat16", "cpu"] = "float32"  # AdamW's moments: optim.RestingAdamW
+    lora: LoRAConfig | None = None  # null: all of the decoder's weights are trained
     gradient_checkpointing: bool = True
     logprob_chunk: int = 128  # tokens whose logits exist at a time
     max_bad_samples: float = 0.01  # share of the samples drawn that may be unusable before the run stops
