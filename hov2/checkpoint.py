@@ -9,8 +9,9 @@ Nothing else is needed to go on exactly. Learning rate and KL weight follow from
 (seed, step, sample), and a checkpoint is taken between steps, when no rollout waits for an update: a run that is killed
 between two iterations on the same rollouts samples them again, the same ones, from the weights that it had then.
 
-The loop waits for a copy in memory only; a thread writes it, to another name, and rank 0 renames it when every rank's
-files are complete. Resume from your own checkpoints only: torch keeps their table of contents (`.metadata`) as a pickle.
+The loop waits for a copy in memory only; a thread writes it, to another name, and rank 0 renames it as soon as every
+rank's files are complete: that thread needs nothing from the loop, so that a long step doesn't delay it. Resume from
+your own checkpoints only: torch keeps their table of contents (`.metadata`) as a pickle.
 """
 
 import dataclasses
@@ -34,7 +35,7 @@ from torch.distributed.checkpoint.state_dict import (
 from hov2.distributed import PATIENCE, barrier, gather_objects, rank, world_size
 from hov2.model import source_folder
 
-UNFINISHED, CORRUPT = ".unfinished", ".corrupt"  # endings: what is being written, what can't be used
+UNFINISHED = ".unfinished"  # ending of what is being written
 SUMS = "SHA256SUMS"
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
@@ -58,24 +59,21 @@ class Checkpoints:
     def resume(self):
         """With `config.resume` "auto", takes up the newest checkpoint that is whole; returns the number of steps done.
 
-        Others are named and set aside as `checkpoint-N.corrupt`. With "never", or where there is no checkpoint, the run
-        begins anew, and what an earlier one left there is moved to `earlier-N`. Raises CheckpointError where there are
-        checkpoints and none can be used, and for one that doesn't fit the model.
+        Newer ones that aren't are named and moved to `earlier-N`. With "never", or where there is no checkpoint, the
+        run begins anew, and all that an earlier one left there is moved. Raises CheckpointError where none of the
+        checkpoints is whole, and for one that doesn't fit the model.
         """
         if rank() == 0:
             self._warn_if_full()
             for left in self.folder.glob(f"checkpoint-*{UNFINISHED}"):
                 shutil.rmtree(left)
         found = gather_objects(finished_checkpoints(self.folder))[0] if self.config.resume == "auto" else []
-        for folder in found:
+        for number, folder in enumerate(found):
             problem = find_problem(folder)
-            if problem is None:
-                return self._load(folder)
+            if not problem:
+                return self._load(folder, found[:number])
             if rank() == 0:
-                aside = folder.with_name(folder.name + CORRUPT)
-                shutil.rmtree(aside, ignore_errors=True)
-                folder.rename(aside)
-                print(f"warning: {folder} is not whole, and now named {aside.name}: {problem}", flush=True)
+                print(f"warning: {folder} is passed over: {problem}", flush=True)
         if found:
             raise CheckpointError(f"{self.folder}: none of its checkpoints is whole; resume=never begins anew")
         if rank() == 0:
@@ -114,41 +112,42 @@ class Checkpoints:
         if problem:
             raise CheckpointError(f"{self.folder}: the last checkpoint could not be written: {problem}")
 
-    def _room(self):
-        free = shutil.disk_usage(self.folder).free
-        return free >= self.size, f"{free / 1e9:.2f} GB free, a checkpoint takes about {self.size / 1e9:.2f} GB"
-
     def _warn_if_full(self):
-        """Before it is needed, so that there is time to make room."""
-        fits, room = self._room()
-        if not fits:
-            print(f"warning: {self.folder} has no room for the next checkpoint: {room}", flush=True)
+        """Before the room is needed, so that there is time to make some."""
+        free = shutil.disk_usage(self.folder).free
+        if free < self.size:
+            print(f"warning: {self.folder} has {free / 1e9:.2f} GB left on its disk, and the next checkpoint takes "
+                  f"about {self.size / 1e9:.2f} GB", flush=True)
 
     def _finish(self, files, unfinished, state):
-        """In the thread: when all ranks' files are written, rank 0 completes the checkpoint. A failure is said at once
-        and costs this checkpoint only."""
+        """In the thread: when all ranks' files are written, rank 0 completes the checkpoint; returns as `wait`.
+
+        A failure is said at once and costs this checkpoint only.
+        """
         sums, problem = _tried(_sums_when_written, files, unfinished)
         of_ranks = gather_objects((sums, problem), self.group)
         problem = next((problem for _, problem in of_ranks if problem), None)
         if rank() == 0 and not problem:
             _, problem = _tried(self._complete, unfinished, state, [sums for sums, _ in of_ranks])
         if rank() == 0 and problem:
-            print(f"warning: {unfinished.with_suffix('')} could not be written: {problem} ({self._room()[1]}); the run "
-                  "goes on with the earlier ones, and tries again when the next is due", flush=True)
+            free = shutil.disk_usage(self.folder).free / 1e9
+            print(f"warning: {unfinished.with_suffix('')} could not be written ({free:.2f} GB free): {problem}; the run "
+                  "goes on, with the checkpoints before, and tries again when the next is due", flush=True)
             shutil.rmtree(unfinished, ignore_errors=True)
         return gather_objects(problem, self.group)[0]  # also keeps the ranks from beginning another before the rename
 
     def _complete(self, unfinished, state, sums):
         (unfinished / "state.json").write_text(json.dumps(state))
-        sums.append({"state.json": sha256(unfinished / "state.json")})  # the last line: a list that is cut off lacks it
+        sums.append({"state.json": sha256(unfinished / "state.json")})  # the last line: a list cut off lacks it
         lines = [f"{value}  {name}\n" for of_rank in sums for name, value in of_rank.items()]
         (unfinished / SUMS).write_text("".join(lines))
         unfinished.rename(unfinished.with_suffix(""))
         for folder in surplus(finished_checkpoints(self.folder), self.config.keep_last, self.config.keep_every):
-            shutil.rmtree(folder.rename(folder.with_name(folder.name + UNFINISHED)))  # never half of one by its name
+            # renamed, so that half of one is never taken for one
+            shutil.rmtree(folder.rename(folder.with_name(folder.name + UNFINISHED)), ignore_errors=True)
         self._warn_if_full()
 
-    def _load(self, folder):
+    def _load(self, folder, torn):
         """Loads weights and optimiser state in place, on any number of ranks; returns the number of steps done."""
         model, optim = get_state_dict(self.policy, self.optimizer, options=TRAINED)  # makes the state to load into
         _, problem = _tried(dcp.load, {"model": model, "optim": optim}, checkpoint_id=folder)
@@ -159,8 +158,9 @@ class Checkpoints:
         self.loader.load_state_dict(state["loader"])
         self.held_out.best = state["best"]
         if rank() == 0:
-            now = json.loads(json.dumps(dataclasses.asdict(self.config)))
-            changed = [key for key in now if key != "resume" and now[key] != state["config"].get(key)]
+            set_aside(self.folder, [path.name for path in torn])
+            changed = [key for key, value in dataclasses.asdict(self.config).items()
+                       if value != state["config"].get(key) and key != "resume"]
             print(f"resumed from {folder}; changed in the config: {', '.join(changed) or 'nothing'}", flush=True)
         return state["step"]
 
@@ -184,12 +184,10 @@ def find_problem(folder):
     problem = None
     try:
         sums = {line[66:]: line[:64] for line in (folder / SUMS).read_text().splitlines()}
-        if "state.json" not in sums:
-            problem = f"{SUMS} is cut off"
-        for name in sorted(sums)[rank()::world_size()]:
-            if sha256(folder / name) != sums[name]:
+        for name in sorted({*sums, "state.json"})[rank()::world_size()]:  # a list that was cut off lacks the latter
+            if sha256(folder / name) != sums.get(name):
                 problem = f"{name} is not as it was written"
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         problem = str(error)
     return next(filter(None, gather_objects(problem)), None)
 
@@ -222,17 +220,17 @@ def _steps_of(folder):
     return int(folder.name.removeprefix("checkpoint-"))
 
 
-def set_aside(output_dir):
+def set_aside(output_dir, patterns=("checkpoint-*", "best", "*.jsonl")):
     """Moves an earlier run's checkpoints and logs to `output_dir/earlier-N`, so that two runs never mix."""
     output_dir = Path(output_dir)
-    found = [path for pattern in ("checkpoint-*", "best", "*.jsonl") for path in output_dir.glob(pattern)]
+    found = [path for pattern in patterns for path in output_dir.glob(pattern)]
     if found:
         number = 1 + sum(1 for _ in output_dir.glob("earlier-*"))
         target = output_dir / f"earlier-{number}"
         target.mkdir()
         for path in found:
             path.rename(target / path.name)
-        print(f"an earlier run's checkpoints and logs are now in {target}", flush=True)
+        print(f"set aside in {target}: {', '.join(path.name for path in found)}", flush=True)
 
 
 def export(policy, folder, name, dtype):
