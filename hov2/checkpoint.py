@@ -131,14 +131,14 @@ class Checkpoints:
             _, problem = _tried(self._complete, unfinished, state, [sums for sums, _ in of_ranks])
         if rank() == 0 and problem:
             free = shutil.disk_usage(self.folder).free / 1e9
-            print(f"warning: {unfinished.with_suffix('')} could not be written ({free:.2f} GB free): {problem}; the run "
-                  "goes on, with the checkpoints before, and tries again when the next is due", flush=True)
+            print(f"warning: {unfinished.with_suffix('')} could not be written ({free:.2f} GB free): {problem}; the "
+                  "run goes on, with the checkpoints before, and tries again when the next is due", flush=True)
             shutil.rmtree(unfinished, ignore_errors=True)
         return gather_objects(problem, self.group)[0]  # also keeps the ranks from beginning another before the rename
 
     def _complete(self, unfinished, state, sums):
         (unfinished / "state.json").write_text(json.dumps(state))
-        sums.append({"state.json": sha256(unfinished / "state.json")})  # the last line: a list cut off lacks it
+        sums.append({"state.json": sha256(unfinished / "state.json")})  # last: a list cut off lacks it
         lines = [f"{value}  {name}\n" for of_rank in sums for name, value in of_rank.items()]
         (unfinished / SUMS).write_text("".join(lines))
         unfinished.rename(unfinished.with_suffix(""))
