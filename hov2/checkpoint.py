@@ -96,8 +96,7 @@ class Checkpoints:
                  "config": dataclasses.asdict(self.config)}
         model, optim = get_state_dict(self.policy, self.optimizer, options=TRAINED)
         unfinished = self.folder / f"checkpoint-{steps_done}{UNFINISHED}"
-        # nothing to copy ahead from a GPU: all of it is in memory by then, and the thread leaves the GPUs alone
-        writer = dcp.FileSystemWriter(unfinished, per_thread_copy_ahead=0)
+        writer = dcp.FileSystemWriter(unfinished)  # copies to memory at once; its thread then leaves the GPUs alone
         files = dcp.async_save({"model": model, "optim": optim}, storage_writer=writer, process_group=self.group)
         self.writing = self.thread.submit(self._finish, files, unfinished, state)
 
@@ -209,11 +208,8 @@ def _tried(work, *args, **kwargs):
     """(what `work` returns, None), or (None, why it failed, in a line)."""
     try:
         return work(*args, **kwargs), None
-    except CheckpointException as error:  # torch's, the same on every rank: {rank: (exception, its stack)}
-        cause = next(iter(error.failures.values()))[0]
-    except (OSError, RuntimeError) as error:
-        cause = error
-    return None, f"{type(cause).__name__}: {cause}".splitlines()[0]
+    except (CheckpointException, OSError, RuntimeError) as error:
+        return None, str(error).strip().splitlines()[-1]  # of torch's stack, which it has from the rank that failed
 
 
 def _steps_of(folder):
