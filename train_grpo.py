@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 
 from hov2 import distributed, optim, toy
-from hov2.checkpoint import resume, save_if_due
+from hov2.checkpoint import Checkpoints
 from hov2.config import GRPOConfig
 from hov2.data import PromptOrder, Sample, StepLoader, read_samples
 from hov2.evaluation import HeldOut
@@ -79,7 +79,8 @@ def main(config):
                         max_bad_samples=config.max_bad_samples)
     held_out = HeldOut(run)
     steps = order.total_steps(config.num_train_epochs, config.max_steps)
-    first = resume(config, policy, optimizer, loader, held_out)
+    checkpoints = Checkpoints(config, policy, optimizer, loader, held_out)
+    first = checkpoints.resume()
     log = MetricsLog(config.output_dir, distributed.rank(), config.report_to, steps, first)
     dump = RolloutDump(config.output_dir, distributed.rank(), first)
     scorer, timer, means = Scorer(run.judge, config.format), Timer(), distributed.Means()
@@ -168,9 +169,10 @@ def main(config):
         metrics = means.reduce() | {"beta": beta, "learning_rate": rate, "grad_norm": grad_norm,
                                     "prompts/replaced": len(loader.replaced)}
         log.write(step, metrics | held_out.after(step + 1, steps) | timer.pop())
-        save_if_due(config, step + 1, steps, policy, optimizer, loader, held_out)
+        checkpoints.save_if_due(step + 1, steps)
 
     export(policy, f"{config.output_dir}/model", config.model, distributed.compute_dtype(config.dtype, device))
+    checkpoints.close()
     log.close()
     say(f"model: {config.output_dir}/model")
     distributed.cleanup()

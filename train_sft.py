@@ -11,7 +11,7 @@ batches together: one global count, so that the result doesn't depend on how the
 import torch
 
 from hov2 import distributed, optim, toy
-from hov2.checkpoint import resume, save_if_due
+from hov2.checkpoint import Checkpoints
 from hov2.config import SFTConfig
 from hov2.data import PromptOrder, StepLoader, encode_solution, read_samples
 from hov2.evaluation import HeldOut
@@ -36,7 +36,8 @@ def main(config):
                         max_bad_samples=config.max_bad_samples)
     held_out = HeldOut(run)
     steps = order.total_steps(config.num_train_epochs, config.max_steps)
-    first = resume(config, policy, optimizer, loader, held_out)
+    checkpoints = Checkpoints(config, policy, optimizer, loader, held_out)
+    first = checkpoints.resume()
     log = MetricsLog(config.output_dir, distributed.rank(), config.report_to, steps, first)
     timer, means = Timer(), distributed.Means()
     report(config, samples, steps)
@@ -71,9 +72,10 @@ def main(config):
         metrics |= {"learning_rate": rate, "grad_norm": grad_norm, "tokens": num_items,
                     "prompts/replaced": len(loader.replaced)}
         log.write(step, metrics | held_out.after(step + 1, steps) | timer.pop())
-        save_if_due(config, step + 1, steps, policy, optimizer, loader, held_out)
+        checkpoints.save_if_due(step + 1, steps)
 
     export(policy, f"{config.output_dir}/model", config.model, distributed.compute_dtype(config.dtype, device))
+    checkpoints.close()
     log.close()
     say(f"model: {config.output_dir}/model")
     distributed.cleanup()

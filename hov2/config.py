@@ -117,7 +117,9 @@ class TrainConfig(BaseConfig):
     eval_max_new_tokens: int = 2048
     eval_batch_size: int = 8  # questions decoded together on one rank
     save_steps: int = 0  # 0: only at the end
-    resume: bool = False  # continue from the newest checkpoint in output_dir
+    keep_last: int = 0  # newest checkpoints that are kept; 0: all
+    keep_every: int = 0  # checkpoints after a multiple of this many steps are kept too; 0: no others
+    resume: Literal["auto", "never"] = "never"  # auto: from the newest whole checkpoint in output_dir, if there is one
     report_to: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
 
     def __post_init__(self):
@@ -126,6 +128,10 @@ class TrainConfig(BaseConfig):
             value = getattr(self, name, None)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}: at least 1, got {value}")
+        if min(self.save_steps, self.keep_last, self.keep_every) < 0:
+            raise ConfigError("save_steps, keep_last, keep_every: at least 0")
+        if self.keep_every and not self.keep_last:
+            raise ConfigError("keep_every: needs keep_last, without which all checkpoints are kept")
         if bool(self.eval_data) != bool(self.eval_steps):
             raise ConfigError("eval_data and eval_steps: held-out evaluation needs both, or leave both out")
 

@@ -63,12 +63,12 @@ def rank_zero_first():
             barrier()
 
 
-def gather_objects(value):
-    """Every rank's `value` (any small picklable object), in rank order, on every rank."""
+def gather_objects(value, group=None):
+    """Every rank's `value` (any small picklable object), in rank order, on every rank; `group`: another one of all."""
     values = [None] * world_size()
     if world_size() == 1:
         return [value]
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group)
     return values
 
 

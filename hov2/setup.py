@@ -10,13 +10,15 @@ from dataclasses import dataclass
 import torch
 
 from hov2 import distributed
+from hov2.checkpoint import CheckpointError
 from hov2.config import BaseConfig, ConfigError, config_from_argv, save_config
 from hov2.data import DataError, make_inputs
 from hov2.judge import Judge, JudgeError
 from hov2.model import Encoder, ModelError, Policy, load_policy, load_tokenizer
 from hov2.prompts import PromptsError, load_prompts
 
-USER_ERRORS = (ConfigError, DataError, JudgeError, ModelError, PromptsError)  # each says by itself what would be right
+# each says by itself what would be right
+USER_ERRORS = (CheckpointError, ConfigError, DataError, JudgeError, ModelError, PromptsError)
 
 
 @dataclass
