@@ -58,9 +58,9 @@ def load_checkpoint(folder, policy, optimizer):
     return json.loads((Path(folder) / "state.json").read_text())
 
 
-def save_if_due(config, steps_done, steps, policy, optimizer, loader, held_out):
-    """A checkpoint after every `save_steps` steps and after the last one."""
-    if steps_done == steps or (config.save_steps and steps_done % config.save_steps == 0):
+def save_if_due(config, steps_done, steps, policy, optimizer, loader, held_out, stopping=False):
+    """A checkpoint after every `save_steps` steps, after the last one, and where the run stops early."""
+    if stopping or steps_done == steps or (config.save_steps and steps_done % config.save_steps == 0):
         state = {"step": steps_done, "loader": loader.state_dict(), "best": held_out.best}
         save_checkpoint(config.output_dir, steps_done, policy, optimizer, state)
 
