@@ -8,21 +8,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers import tiny_thinker, tiny_tokenizer
 from safetensors.torch import load_file
 
 from hov2.config import AlarmConfig, ConfigError, SFTConfig
-from hov2.guard import WINDOW, out_of_time, signs_of_collapse
+from hov2.guard import WINDOW, Guard, out_of_time, signs_of_collapse
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMAT, ZERO_STD, CLIPPED = "rewards/format/mean", "frac_reward_zero_std", "completions/clipped_ratio"
-
-
-def steps(**values):
-    """A history in which each metric has the values of a list."""
-    return [dict(zip(values, row)) for row in zip(*values.values())]
 
 
 def test_out_of_time_takes_the_longest_step_into_account():
@@ -52,6 +49,22 @@ def test_what_rises_past_its_limit_is_said_after_a_whole_window(metric, alarm):
 def test_steps_without_a_metric_are_no_zeros():
     history = [{ZERO_STD: 0.9}, {ZERO_STD: None}, {}] * WINDOW
     assert "to 0.9" in signs_of_collapse(history, AlarmConfig())[ZERO_STD]
+
+
+def test_each_sign_is_said_once(capsys):
+    guard = SimpleNamespace(history=[{"kl": 9.0}] * WINDOW, config=SimpleNamespace(alarms=AlarmConfig()), _said=set())
+    Guard.look_for_collapse(guard)
+    assert capsys.readouterr().out.startswith("warning: kl went from 9 to 9")
+    guard.history += [{"kl": 9.0, ZERO_STD: 1.0}] * WINDOW
+    Guard.look_for_collapse(guard)
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == [ZERO_STD]
+
+
+@pytest.mark.parametrize("loss, finite", [(2.0, True), (float("inf"), False), (float("nan"), False)])
+def test_a_loss_that_is_not_finite_shows_in_the_gradient(loss, finite):
+    weight = torch.ones(3, requires_grad=True)
+    Guard.backward(SimpleNamespace(_losses=[]), weight.sum() + loss)  # whose gradient alone would be finite
+    assert weight.grad.tolist() == [1.0] * 3 if finite else weight.grad.isnan().all()
 
 
 @pytest.mark.parametrize("name", ["max_hours", "hang_minutes", "max_bad_steps"])
