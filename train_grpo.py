@@ -30,6 +30,7 @@ from hov2.config import GRPOConfig
 from hov2.data import PromptOrder, Sample, StepLoader, read_samples
 from hov2.evaluation import HeldOut
 from hov2.grpo import apply_gate, credit, full_reward, grpo_loss, kl_coef, masked_mean, reward_advantages, token_terms
+from hov2.guard import Guard
 from hov2.log import MetricsLog, RolloutDump, Timer
 from hov2.model import Prompt, adapters_off, load_reference, set_training
 from hov2.prefix import group_logps
@@ -84,6 +85,7 @@ def main(config):
     log = MetricsLog(config.output_dir, distributed.rank(), config.report_to, steps, first)
     dump = RolloutDump(config.output_dir, distributed.rank(), first)
     scorer, timer, means = Scorer(run.judge, config.format), Timer(), distributed.Means()
+    guard = Guard(config, first, log.history)
     say(scorer.note(samples))
     sampling = sampling_for(run.tokenizer, policy.thinker.config, max_completion_length=config.max_completion_length,
                             temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
@@ -157,9 +159,10 @@ def main(config):
                         parts.append(part / config.prompts_per_step if config.loss_type == "bnpo" else part)
                         log_update(means, group, metrics | {"entropy": masked_mean(entropy, group.mask)})
                     loss = sum(parts) * distributed.world_size()  # FSDP averages gradients over ranks; ours is a sum
-                    loss.backward()
+                    guard.backward(loss)
                     means.add("loss", loss * len(batches))  # the mean over ranks and batches is then the step's loss
-                grad_norm = optim.update(policy, optimizer, rate, config.max_grad_norm, where=f"step {step}")
+                grad_norm = optim.update(policy, optimizer, rate, config.max_grad_norm)
+                guard.check_update(step, grad_norm, [group.sample.id for group in groups])
 
         # --- 8. Log: metrics, rollouts, held-out questions, checkpoint ------------------------------------------------
         if config.dump_every and step % config.dump_every == 0:
@@ -167,14 +170,18 @@ def main(config):
                 dump.write(records)
         scorer.log_stats(means)
         metrics = means.reduce() | {"beta": beta, "learning_rate": rate, "grad_norm": grad_norm,
-                                    "prompts/replaced": len(loader.replaced)}
+                                    "prompts/replaced": len(loader.replaced), "guard/bad_steps": guard.bad_steps}
         log.write(step, metrics | held_out.after(step + 1, steps) | timer.pop())
-        checkpoints.save_if_due(step + 1, steps)
-
-    export(policy, f"{config.output_dir}/model", config.model, distributed.compute_dtype(config.dtype, device))
+        guard.look_for_collapse()
+        stopping = guard.stop_due(step + 1, steps)
+        checkpoints.save_if_due(step + 1, steps, stopping)
+        if stopping:
+            break
+    else:
+        export(policy, f"{config.output_dir}/model", config.model, distributed.compute_dtype(config.dtype, device))
+        say(f"model: {config.output_dir}/model")
     checkpoints.close()
     log.close()
-    say(f"model: {config.output_dir}/model")
     distributed.cleanup()
 
 

@@ -74,9 +74,9 @@ class Checkpoints:
         barrier()
         return 0
 
-    def save_if_due(self, steps_done, steps):
-        """Begins a checkpoint after every `save_steps` steps and after the last one."""
-        if steps_done == steps or (self.config.save_steps and steps_done % self.config.save_steps == 0):
+    def save_if_due(self, steps_done, steps, stopping=False):
+        """Begins a checkpoint after every `save_steps` steps, after the last one, and where the run stops early."""
+        if stopping or steps_done == steps or (self.config.save_steps and steps_done % self.config.save_steps == 0):
             self.save(steps_done)
 
     def save(self, steps_done):

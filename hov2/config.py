@@ -76,6 +76,16 @@ class LoRAConfig:
 
 
 @dataclass
+class AlarmConfig:
+    """Signs of collapse that the log says once; limits for the mean of 20 steps (guard.py), null: never said."""
+
+    format_drop: float | None = 0.2  # the format reward has fallen by more than this from its highest
+    zero_std: float | None = 0.8  # frac_reward_zero_std is above this
+    kl: float | None = 0.5  # kl is above this
+    clipped: float | None = 0.5  # completions/clipped_ratio is above this
+
+
+@dataclass
 class BaseConfig:
     """What training and evaluation share."""
 
@@ -91,6 +101,7 @@ class BaseConfig:
     on_long_prompt: Literal["error", "skip", "fewer_frames"] = "error"
     encoding_cache: int = 0  # clips whose tower outputs are kept in memory (the towers are frozen, so this is exact)
     judge: JudgeConfig | None = None
+    hang_minutes: float = 30.0  # a phase that lasts longer is said, with the rank and its stack; 0: never
     why: dict[str, str] = field(default_factory=dict)  # for readers: why a key has the value it has; nothing reads it
 
 
@@ -112,6 +123,8 @@ class TrainConfig(BaseConfig):
     gradient_checkpointing: bool = True
     logprob_chunk: int = 128  # tokens whose logits exist at a time
     max_bad_samples: float = 0.01  # share of the samples drawn that may be unusable before the run stops
+    max_bad_steps: int = 10  # updates skipped for a loss or gradient that is not finite; more of them stop the run
+    max_hours: float | None = None  # saves and ends in time before so many hours; leave the cluster's limit some more
     eval_data: list[Source] = field(default_factory=list)
     eval_steps: int = 0  # 0: never
     eval_max_new_tokens: int = 2048
@@ -132,6 +145,9 @@ class TrainConfig(BaseConfig):
             raise ConfigError("save_steps, keep_last, keep_every: at least 0")
         if self.keep_every and not self.keep_last:
             raise ConfigError("keep_every: needs keep_last, without which all checkpoints are kept")
+        for name in ("max_bad_steps", "max_hours", "hang_minutes"):
+            if (getattr(self, name) or 0) < 0:
+                raise ConfigError(f"{name}: at least 0, got {getattr(self, name)}")
         if bool(self.eval_data) != bool(self.eval_steps):
             raise ConfigError("eval_data and eval_steps: held-out evaluation needs both, or leave both out")
 
@@ -169,6 +185,7 @@ class GRPOConfig(TrainConfig):
     format: Literal["strict", "released"] = "strict"
     gate_threshold: float | None = None
     mask_truncated_completions: bool = False
+    alarms: AlarmConfig = field(default_factory=AlarmConfig)
     dump_every: int = 1  # steps between rollout dumps; 0: never
 
 

@@ -63,6 +63,12 @@ def rank_zero_first():
             barrier()
 
 
+def say(text):
+    """Prints on rank 0; nothing for an empty text."""
+    if text and rank() == 0:
+        print(text, flush=True)
+
+
 def gather_objects(value, group=None):
     """Every rank's `value` (any small picklable object), in rank order, on every rank; `group`: another one of all."""
     values = [None] * world_size()

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from hov2.config import ConfigError
 from hov2.data import SkipSample, read_samples
 from hov2.distributed import barrier, compute_dtype, gather_objects, rank, unsharded, world_size
+from hov2.guard import beat
 from hov2.media import MediaError
 from hov2.model import set_training
 from hov2.results import over_samples, summarize
@@ -67,6 +68,7 @@ class Evaluator:
                 total=len(samples), initial=len(samples) - left, desc="evaluate", unit="question",
                 disable=None if rank() == 0 else True) as bar:
             for batch, loading, begun in self._loaded(samples, batches):
+                beat("evaluate")
                 answered = self._answer(samples, batch, loading)
                 if journal:
                     journal.append(answered)

@@ -93,16 +93,15 @@ def clip_gradients(policy, max_norm):
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def update(policy, optimizer, rate, max_grad_norm, where):
-    """Clips, steps and clears the gradients; returns the norm before clipping.
+def update(policy, optimizer, rate, max_grad_norm):
+    """Clips, steps and clears the gradients; returns the norm before clipping, a float.
 
-    Raises FloatingPointError, on all ranks alike, when the norm is not finite; `where` names the step.
+    A norm that is not finite, the same on all ranks, skips the step: weights and optimiser stay as they are.
     """
-    norm = clip_gradients(policy, max_grad_norm)
-    if not torch.isfinite(norm):
-        raise FloatingPointError(f"{where}: the gradient's norm is {norm.item()}; nothing was updated")
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
+    norm = clip_gradients(policy, max_grad_norm).item()  # the update's one wait for the device
+    if math.isfinite(norm):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm

@@ -11,8 +11,8 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"config", "prompts", "media", "spans", "rewards", "grpo", "logps", "distributed", "optim", "report", "results",
      "formats"},
-    {"weights", "log"},
-    {"model"},
+    {"guard", "weights"},
+    {"model", "log"},
     {"prefix", "plan", "judge", "checkpoint", "data"},
     {"rollout", "scoring", "setup", "benchmarks"},
     {"evaluation"},
