@@ -177,7 +177,7 @@ def _design(name, dtype, towers):
 
 
 def _materialise(root, thinker, name, device, seed=0):
-    """Gives `root`, the thinker or a Policy around it, memory on `device`, the weights of `name`, adapters by `seed`."""
+    """Gives `root`, the thinker or a Policy around it, memory on `device`, the weights of `name`, and adapters."""
     root.to_empty(device=device)
     thinker.tie_weights()
     generator = torch.Generator().manual_seed(seed)

@@ -134,7 +134,7 @@ def _exported(thinker, name, dtype):
 
 
 def _write_like(path, target, thinker, names, dtype):
-    """Writes the safetensors file `path` anew to `target`, the thinker's `names` as `dtype`; returns its tensors' bytes.
+    """Writes the safetensors file `path` anew to `target`, the thinker's `names` as `dtype`; returns the bytes of all.
 
     The format: the header's length in 8 bytes, the header as JSON, then the tensors' bytes one after the other; those
     of larger types first, so that each starts at a multiple of its type's size.

@@ -99,7 +99,7 @@ def train(config, device, out):
                 save_file({n: g.contiguous() for n, g in gradients.items()}, f"{out}.safetensors")
         if step == UPDATES - 1:
             step_end = held_bytes(policy, reference, optimizer=optimizer)
-        found["norms"].append(update(policy, optimizer, config.learning_rate, 1.0, "a test").item())
+        found["norms"].append(update(policy, optimizer, config.learning_rate, 1.0))
     set_training(policy, False, True)
     found |= {"all": step_end, "after": no_gradient(policy)}
     with adapters_off():

@@ -17,9 +17,18 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
 from hov2 import distributed
-from hov2.checkpoint import CheckpointError, Checkpoints, export, finished_checkpoints, hub_key, set_aside, surplus
+from hov2.checkpoint import CheckpointError, Checkpoints, finished_checkpoints, set_aside, surplus
 from hov2.config import SFTConfig
 from hov2.model import ModelError, Policy, load_thinker, load_tokenizer
+from hov2.weights import export, thinker_name
+
+
+def hub_key(name):
+    """A thinker parameter's name as it is published."""
+    outside = {"model.language_model.": "model.", "model.visual.": "visual.", "model.audio_tower.": "audio_tower."}
+    key = next((new + name.removeprefix(old) for old, new in outside.items() if name.startswith(old)), name)
+    assert thinker_name(key) == thinker_name(name) == name
+    return key
 
 
 @pytest.fixture

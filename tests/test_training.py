@@ -249,7 +249,7 @@ def test_held_out_questions_are_asked_on_time_and_the_best_kept(lab):
     (["num_generation=4"], "unknown key 'num_generation'; did you mean 'num_generations'?"),
     (["judge.url=http://127.0.0.1:9/v1", "judge.max_retries=0"], "no judge at http://127.0.0.1:9/v1"),
     (["model=nowhere/at/all"], "nowhere/at/all: no such folder"),
-    (['data=[{"path": "nowhere.jsonl"}]'], "nowhere.jsonl: can't be read"),
+    (['data=[{"path": "nowhere.jsonl"}]'], "nowhere.jsonl: no such data file"),
 ])
 def test_bad_input_ends_a_script_with_one_clear_line(lab, overrides, message):
     if "judge" not in message:
