@@ -28,7 +28,7 @@ from av.stream import Disposition
 from tqdm import tqdm
 
 from hov2.benchmarks import read_benchmark
-from hov2.config import BaseConfig, EvalConfig, GRPOConfig, MediaConfig, SFTConfig, load_config
+from hov2.config import BaseConfig, EvalConfig, MediaConfig, SFTConfig, read_config
 from hov2.data import DataError, Sample, SkipSample, load_media, make_inputs, read_source, take_slice
 from hov2.media import MediaError
 from hov2.model import load_tokenizer
@@ -57,16 +57,6 @@ class Part:
 
 
 # ---- Reading what the configs name ----
-
-
-def read_config(path, overrides=()):
-    """The config at `path`, of the class (SFT, GRPO or evaluation) that knows most of its keys."""
-    try:
-        keys = set(json.loads(Path(path).read_text()))
-    except (OSError, ValueError, TypeError):
-        keys = set()  # load_config says what is wrong
-    kinds = (EvalConfig, SFTConfig, GRPOConfig)
-    return load_config(max(kinds, key=lambda kind: len(keys & kind.__dataclass_fields__.keys())), path, overrides)
 
 
 def prompt_maker(config, prompts, configs):

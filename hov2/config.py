@@ -279,6 +279,16 @@ def load_config(cls, path, overrides=()):
     return _build(cls, values, where=str(path))
 
 
+def read_config(path, overrides=()):
+    """The config at `path`, of the class (SFT, GRPO or evaluation) that knows most of its keys."""
+    try:
+        keys = set(json.loads(Path(path).read_text()))
+    except (OSError, ValueError, TypeError):
+        keys = set()  # load_config says what is wrong
+    kinds = (EvalConfig, SFTConfig, GRPOConfig)
+    return load_config(max(kinds, key=lambda kind: len(keys & kind.__dataclass_fields__.keys())), path, overrides)
+
+
 def save_config(config, folder):
     """Writes the resolved config to `folder/config.json`."""
     folder = Path(folder)

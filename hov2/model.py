@@ -121,7 +121,7 @@ def load_thinker(name, dtype, towers=True):
 
     Raises ModelError for a name that is neither a folder nor reachable, and for weights that don't fit.
     """
-    thinker = _design(name, dtype, towers)
+    thinker = design(name, dtype, towers)
     _materialise(thinker, thinker, name, torch.device("cpu"))
     return thinker
 
@@ -134,7 +134,7 @@ def load_policy(config, device, trained=True, towers=True):
     ConfigError for adapters on layers that there are not.
     """
     dtype = compute_dtype(config.dtype, device)
-    thinker = _design(config.model, dtype, towers)
+    thinker = design(config.model, dtype, towers)
     if not trained:
         thinker.requires_grad_(False)
     elif config.lora:
@@ -158,8 +158,11 @@ def load_reference(config, device, policy):
     return policy if config.lora else load_policy(config, device, trained=False, towers=False)
 
 
-def _design(name, dtype, towers):
-    """The thinker that `name` describes on the meta device: names, shapes and types, and no memory; towers frozen."""
+def design(name, dtype, towers=True):
+    """The thinker that `name` describes on the meta device: names, shapes and types, and no memory; towers frozen.
+
+    Raises ModelError for a name that is neither a folder nor reachable, and for another kind of model.
+    """
     config = _read(AutoConfig, name)
     if config.model_type not in ("qwen2_5_omni", "qwen2_5_omni_thinker"):
         raise ModelError(f"{name}: a model of the type {config.model_type!r}; expected a Qwen2.5-Omni or its thinker")

@@ -12,7 +12,7 @@ import pytest
 from helpers import synth_clip, tiny_tokenizer
 
 from hov2 import check
-from hov2.config import ConfigError, EvalConfig, GRPOConfig, SFTConfig
+from hov2.config import ConfigError, EvalConfig, GRPOConfig, SFTConfig, read_config
 
 ROOT = Path(__file__).parent.parent
 FULL = "<context>c</context><think>t</think><answer>A</answer>"
@@ -139,7 +139,7 @@ def test_data_that_another_config_will_make(tmp_path, clips, capsys):
     code, text, rows = run(capsys, sieve, train)
     assert code == 0 and f"{train}: {kept}: made by {sieve}: not there yet" in text and list(rows) == ["sieve_data.json"]
     code, text, _ = run(capsys, train)
-    assert code == 1 and "kept.jsonl: can't be read" in text  # nobody makes it
+    assert code == 1 and "kept.jsonl: no such data file" in text  # nobody makes it
     Path(kept).write_text(json.dumps(record(clips / "silent.mp4")))
     assert run(capsys, sieve, train)[2]["kept.jsonl"] == row(1)
 
@@ -151,7 +151,7 @@ def test_bad_records_inside_and_outside_the_slice(tmp_path, clips, capsys):
     for skip, code, count in (("error", 1, 1), ("skip", 0, 0)):
         data = json.dumps([entry | {"on_bad_record": skip}])
         assert run(capsys, path, f"data={data}")[::2] == (code, {"sft_data.json": row(1, bad_record=count)})
-    for change, message in (({"slice": "first:10%"}, "leaves none"), ({"path": "none.json"}, "can't be read"),
+    for change, message in (({"slice": "first:10%"}, "leaves none"), ({"path": "none.json"}, "no such data file"),
                             ({"format": "x"}, "unknown format 'x'"), ({"slice": "half"}, "slice 'half'")):
         code, text, rows = run(capsys, path, "data=" + json.dumps([entry | change, entry | {"on_bad_record": "skip"}]))
         assert code == 1 and message in text and rows["sft_data.json"] == row(1)  # the other entry is still looked at
@@ -210,11 +210,11 @@ def test_held_out_questions_and_benchmarks(tmp_path, clips, capsys):
 def test_kinds_of_config(tmp_path):
     for name, kind in (("stage1", SFTConfig), ("stage2", GRPOConfig), ("stage3", GRPOConfig), ("eval", EvalConfig),
                        ("toy/stage1", SFTConfig), ("toy/stage2", GRPOConfig)):
-        assert type(check.read_config(ROOT / f"configs/{name}.json")) is kind
+        assert type(read_config(ROOT / f"configs/{name}.json")) is kind
     for text in ("[", "3", json.dumps({"model": "m", "output_dir": "o", "data": [], "num_generation": 8, "beta": 0})):
         (tmp_path / "x.json").write_text(text)
         with pytest.raises(ConfigError, match="not valid JSON|expected a JSON object|did you mean 'num_generations'"):
-            check.read_config(tmp_path / "x.json")
+            read_config(tmp_path / "x.json")
 
 
 def test_unusable_configs_are_exit_code_2(tmp_path, capsys):

@@ -13,11 +13,11 @@ FLOORS = [
      "formats"},
     {"guard", "weights"},
     {"model", "log"},
-    {"prefix", "plan", "judge", "checkpoint", "data"},
+    {"prefix", "judge", "checkpoint", "data"},
     {"rollout", "scoring", "setup", "benchmarks"},
     {"evaluation"},
     {"toy"},
-    {"train_sft", "train_grpo", "evaluate", "ask", "check"},
+    {"train_sft", "train_grpo", "evaluate", "ask", "check", "plan"},
     {"data.__main__"},
 ]
 DOORS = FLOORS[-2]  # what a user runs
