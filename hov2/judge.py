@@ -101,7 +101,7 @@ class _Server:
 
     def __init__(self, url, config, headers):
         parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or not url.isascii():
+        if parts.scheme not in ("http", "https") or not parts.hostname or not re.fullmatch("[!-~]+", url):
             raise JudgeError(f"judge.url: expected a base like http://localhost:8000/v1, got {url!r}")
         self.config, self.host = config, parts.hostname + (f":{parts.port}" if parts.port else "")
         self.shown = f"{parts.scheme}://{self.host}{parts.path}"  # without user:password@
@@ -109,10 +109,8 @@ class _Server:
         user, _, place = parts.netloc.rpartition("@")
         if user:
             self._headers = headers | {"Authorization": f"Basic {b64encode(unquote(user).encode()).decode()}"}
-        self._connect = functools.partial(HTTPConnection, place, timeout=config.timeout)
-        if parts.scheme == "https":
-            self._connect = functools.partial(HTTPSConnection, place, timeout=config.timeout,
-                                              context=ssl.create_default_context())
+        tls = {"context": ssl.create_default_context()} if parts.scheme == "https" else {}
+        self._connect = functools.partial(HTTPSConnection if tls else HTTPConnection, place, **tls)
         self.failures, self.last, self._rests_until, self._lock = 0, None, 0.0, threading.Lock()
 
     def may_be_asked(self):
@@ -138,7 +136,7 @@ class _Server:
     def post(self, body):
         """The text of the chat completion that `body` asks for, else _Fault. `config.timeout` counts for all of it."""
         started, fault = time.monotonic(), None
-        with closing(self._connect()) as connection:
+        with closing(self._connect(timeout=self.config.timeout)) as connection:
             try:
                 connection.connect()
                 # a socket's timeout is one for each read: a server that drips a byte a second would never meet it
@@ -229,8 +227,7 @@ class Judge:
         faults, a Counter over FAULTS of every try."""
         with self._lock:
             replies, self._replies = self._replies, []
-        failures = sum(reply.error is not None for reply in replies)
-        count = max(1, len(replies))
+        failures, count = sum(reply.error is not None for reply in replies), max(1, len(replies))
         latency = sum(reply.latency for reply in replies) / count
         return {"requests": len(replies), "failures": failures, "failure_rate": failures / count, "latency": latency,
                 "faults": Counter(fault.kind for reply in replies for fault in reply.faults)}
@@ -255,8 +252,8 @@ class Judge:
         return reply
 
     def _ask(self, messages, parse, force=False):
-        """Asks the servers in turn until `parse` makes a score of a reply, or the tries are used up. A try ends when each
-        server has failed once. `force`: those with an open breaker are asked too."""
+        """Asks the servers in turn until `parse` makes a score of a reply, or the tries are used up. A try is a request
+        to each, to those with an open breaker only if `force`."""
         started, raw, faults = time.monotonic(), None, []
         body = {"model": self.config.model, "messages": messages, "temperature": 0, "max_tokens": _MAX_TOKENS}
         jitter = random.Random(_digest(self.config.model, messages))  # the same waits in every run
@@ -266,7 +263,7 @@ class Judge:
             for server in servers:
                 try:
                     if not (force or server.may_be_asked()):
-                        raise _Fault("breaker", f"left alone after failures in a row, the last: {server.last}", again=False)
+                        raise _Fault("breaker", f"left alone after failures, the last: {server.last}", again=False)
                     raw = server.post(json.dumps(body))
                     score = parse(raw)
                     if score is None:
@@ -274,7 +271,7 @@ class Judge:
                     server.note()
                     return JudgeReply(score, raw, None, time.monotonic() - started, faults)
                 except _Fault as fault:
-                    faults.append(fault)
+                    faults.append(fault.with_traceback(None))  # whose frames would keep the request
                     if fault.kind != "breaker":
                         server.note(fault)
             latest = faults[-len(servers):]

@@ -1,4 +1,4 @@
-"""One place that scores a completion, rule rewards at once, judged ones by asking; and what to do when no judge answers.
+"""One place that scores completions, rule rewards at once, judged ones by asking; and what to do when no judge answers.
 
 Three outcomes are kept apart: a number; *missing* (the judge was asked and gave none); and not applicable (a sample
 whose solution has no context can't have a context reward).
@@ -54,7 +54,7 @@ class Scorer:
         self.judge, self.format_rule, self.evaluation, self.beat = judge, format_rule, evaluation, beat
         # scores wait for the judge, so they have threads of their own
         self._pool = ThreadPoolExecutor(judge.config.concurrency if judge else 1, thread_name_prefix="score")
-        self._window = deque(maxlen=judge.config.missing_window if judge else 1)  # (judged, missing) of the last steps
+        self._window = deque(maxlen=judge.config.missing_window if judge else 1)  # of a step: why each is missing
 
     def submit(self, name, text, sample):
         """Starts scoring `text`, a completion for `sample`, by the reward `name`; a Pending.
@@ -77,15 +77,15 @@ class Scorer:
         for rounds_left in range(ROUNDS, -1, -1):
             self._wait([score.future for score in scores], gather)
             results = [score.result() for score in scores]
-            of_ranks = gather((sum(result.judged for result in results), sum(result.missing for result in results),
-                               max((result.error for result in results if result.missing), default="")))
-            self._window[-1] = [sum(of_rank[i] for of_rank in of_ranks) for i in (0, 1)]
-            judged, missing = map(sum, zip(*self._window))
-            if (not self._window[-1][1] or missing <= config.max_missing * judged  # this step misses none, or few do
+            of_ranks = gather([result.error for result in results if result.judged])  # None: there is a score
+            self._window[-1] = [error for of_rank in of_ranks for error in of_rank]
+            window = [error for of_step in self._window for error in of_step]
+            missing = [error for error in window if error]
+            if (not any(self._window[-1]) or len(missing) <= config.max_missing * len(window)
                     or config.on_judge_down == "continue"):
                 return
-            text = (f"{missing} of {judged} judged scores of the last {len(self._window)} steps are missing, more than "
-                    f"judge.max_missing {config.max_missing:g}; for example, {max(error for *_, error in of_ranks)}")
+            text = (f"{len(missing)} of {len(window)} judged scores of the last {len(self._window)} steps are missing, "
+                    f"more than judge.max_missing {config.max_missing:g}; the last: {missing[-1]}")
             if config.on_judge_down == "stop" or not rounds_left:
                 raise JudgeError(text)
             self._wait_for_judge(rank() == 0 or not together, gather, text)

@@ -77,7 +77,7 @@ class Handler(toy._JudgeHandler):
         self.server.judge.stopped.wait(30)  # until the restart resets this connection too
 
     def outage(self):
-        threading.Thread(target=self.server.judge.down).start()
+        threading.Thread(target=self.server.judge.outage).start()
         self.server.judge.stopped.wait(30)
 
 
@@ -131,10 +131,11 @@ class Server(ThreadingHTTPServer):
 
 class FaultyJudge:
     """Answers as `toy.RuleJudge` does, but for faults: first those of `script` in turn (None: an answer), then each of
-    `rates` ({fault: share of the tries}), drawn from the seed, the question and how often it came."""
+    `rates` ({fault: share of the tries}), drawn from the seed, the question and how often it came; an outage at request
+    number `outage_at`."""
 
-    def __init__(self, script=(), rates=None, seed=0):
-        self.script, self.rates, self.seed = list(script), rates or {}, seed
+    def __init__(self, script=(), rates=None, seed=0, outage_at=None):
+        self.script, self.rates, self.seed, self.outage_at = list(script), rates or {}, seed, outage_at
         self.seen, self.injected, self.asked = Counter(), Counter(), 0
         self.lock, self.stopped, self.changing = threading.Lock(), threading.Event(), threading.Lock()
         self.port, self.server = 0, None
@@ -148,6 +149,8 @@ class FaultyJudge:
             self.seen[body] += 1
             if self.script:
                 kind = self.script.pop(0) if len(self.script) > 1 else self.script[0]
+            elif self.asked == self.outage_at:
+                kind = "outage"
             elif b"the number 5" in body:
                 kind = None
             else:
@@ -186,6 +189,11 @@ class FaultyJudge:
             time.sleep(0.1)
             self.up()
             self.changing.release()
+
+    def outage(self):
+        """Down until somebody calls up()."""
+        with self.changing:
+            self.down()
 
     def __enter__(self):
         return self
