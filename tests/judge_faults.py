@@ -56,9 +56,10 @@ class Handler(toy._JudgeHandler):
         self.connection.close()
 
     def drip(self):
-        """A byte now and then, until the client has gone."""
-        while not self.server.judge.stopped.wait(DRIP):
+        """A byte now and then, for half a minute or until the client has gone."""
+        for _ in range(round(30 / DRIP)):
             self.connection.sendall(b"x")
+            time.sleep(DRIP)
 
     def drip_headers(self):
         self.connection.sendall(b"HTTP/1.1 200 OK\r\nX-Slow: ")
