@@ -25,18 +25,20 @@ from dataclasses import dataclass
 import torch
 
 from hov2 import distributed, optim, toy
-from hov2.checkpoint import export, resume, save_if_due
+from hov2.checkpoint import Checkpoints
 from hov2.config import GRPOConfig
 from hov2.data import PromptOrder, Sample, StepLoader, read_samples
 from hov2.evaluation import HeldOut
 from hov2.grpo import apply_gate, credit, full_reward, grpo_loss, kl_coef, masked_mean, reward_advantages, token_terms
+from hov2.guard import Guard
 from hov2.log import MetricsLog, RolloutDump, Timer
-from hov2.model import Prompt, load_policy, set_training
+from hov2.model import Prompt, adapters_off, load_reference, set_training
 from hov2.prefix import group_logps
 from hov2.rollout import Rollout, generate, make_generator, sampling_for
 from hov2.scoring import Scorer
 from hov2.setup import command, report_derived, report_replaced, say, start
 from hov2.spans import completion_texts, completion_tokens, find_block, span_masks, text_offsets
+from hov2.weights import export
 
 
 @dataclass
@@ -70,8 +72,7 @@ def main(config):
         toy.prepare(config)  # builds the toy's world for the toy's configs, and nothing for others
     run = start(config, device)
     policy = run.policy
-    # the model that this stage begins with, frozen; its towers aren't needed, encodings come from the policy's
-    reference = load_policy(config, device, trained=False, towers=False) if config.beta else None
+    reference = load_reference(config, device, policy)
     optimizer = optim.make_optimizer(policy, config)
     samples = read_samples(config.data, config.seed)
     order = PromptOrder(len(samples), config.prompts_per_step, config.seed)
@@ -79,10 +80,12 @@ def main(config):
                         max_bad_samples=config.max_bad_samples)
     held_out = HeldOut(run)
     steps = order.total_steps(config.num_train_epochs, config.max_steps)
-    first = resume(config, policy, optimizer, loader, held_out)
+    checkpoints = Checkpoints(config, policy, optimizer, loader, held_out)
+    first = checkpoints.resume()
     log = MetricsLog(config.output_dir, distributed.rank(), config.report_to, steps, first)
     dump = RolloutDump(config.output_dir, distributed.rank(), first)
     scorer, timer, means = Scorer(run.judge, config.format), Timer(), distributed.Means()
+    guard = Guard(config, first, log.history)
     say(scorer.note(samples))
     sampling = sampling_for(run.tokenizer, policy.thinker.config, max_completion_length=config.max_completion_length,
                             temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
@@ -157,9 +160,10 @@ def main(config):
                         parts.append(part / config.prompts_per_step if config.loss_type == "bnpo" else part)
                         log_update(means, group, metrics | {"entropy": masked_mean(entropy, group.mask)})
                     loss = sum(parts) * distributed.world_size()  # FSDP averages gradients over ranks; ours is a sum
-                    loss.backward()
+                    guard.backward(loss)
                     means.add("loss", loss * len(batches))  # the mean over ranks and batches is then the step's loss
-                grad_norm = optim.update(policy, optimizer, rate, config.max_grad_norm, where=f"step {step}")
+                grad_norm = optim.update(policy, optimizer, rate, config.max_grad_norm)
+                guard.check_update(step, grad_norm, [group.sample.id for group in groups])
 
         # --- 8. Log: metrics, rollouts, held-out questions, checkpoint ------------------------------------------------
         if config.dump_every and step % config.dump_every == 0:
@@ -167,13 +171,18 @@ def main(config):
                 dump.write(records)
         scorer.log_stats(means)
         metrics = means.reduce() | {"beta": beta, "learning_rate": rate, "grad_norm": grad_norm,
-                                    "prompts/replaced": len(loader.replaced)}
+                                    "prompts/replaced": len(loader.replaced), "guard/bad_steps": guard.bad_steps}
         log.write(step, metrics | held_out.after(step + 1, steps) | timer.pop())
-        save_if_due(config, step + 1, steps, policy, optimizer, loader, held_out)
-
-    export(policy, f"{config.output_dir}/model", config.model, distributed.compute_dtype(config.dtype, device))
+        guard.look_for_collapse()
+        stopping = guard.stop_due(step + 1, steps)
+        checkpoints.save_if_due(step + 1, steps, stopping)
+        if stopping:
+            break
+    else:
+        export(policy, f"{config.output_dir}/model", config.model, distributed.compute_dtype(config.dtype, device))
+        say(f"model: {config.output_dir}/model")
+    checkpoints.close()
     log.close()
-    say(f"model: {config.output_dir}/model")
     distributed.cleanup()
 
 
@@ -218,10 +227,11 @@ def reference_logps(reference, batches, config):
     """Fills each group's reference log-probs; nothing to do without a reference (beta 0)."""
     if reference is None:
         return
-    for batch in batches:
-        logps, _ = forward(reference, batch, config)
-        for group, of_group in zip(batch, logps):
-            group.ref_logps = of_group
+    with adapters_off():
+        for batch in batches:
+            logps, _ = forward(reference, batch, config)
+            for group, of_group in zip(batch, logps):
+                group.ref_logps = of_group
     distributed.reshard(reference)
 
 

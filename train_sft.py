@@ -11,14 +11,16 @@ batches together: one global count, so that the result doesn't depend on how the
 import torch
 
 from hov2 import distributed, optim, toy
-from hov2.checkpoint import export, resume, save_if_due
+from hov2.checkpoint import Checkpoints
 from hov2.config import SFTConfig
 from hov2.data import PromptOrder, StepLoader, encode_solution, read_samples
 from hov2.evaluation import HeldOut
+from hov2.guard import Guard
 from hov2.log import MetricsLog, Timer
 from hov2.model import set_training
 from hov2.prefix import conversation_logps, group_logps
 from hov2.setup import command, report_derived, report_replaced, say, start
+from hov2.weights import export
 
 
 def main(config):
@@ -35,9 +37,10 @@ def main(config):
                         max_bad_samples=config.max_bad_samples)
     held_out = HeldOut(run)
     steps = order.total_steps(config.num_train_epochs, config.max_steps)
-    first = resume(config, policy, optimizer, loader, held_out)
+    checkpoints = Checkpoints(config, policy, optimizer, loader, held_out)
+    first = checkpoints.resume()
     log = MetricsLog(config.output_dir, distributed.rank(), config.report_to, steps, first)
-    timer, means = Timer(), distributed.Means()
+    timer, means, guard = Timer(), distributed.Means(), Guard(config, first, log.history)
     report(config, samples, steps)
 
     for step in range(first, steps):
@@ -59,22 +62,27 @@ def main(config):
                 policy.set_requires_gradient_sync(micro_batch is micro_batches[-1])
                 logps = label_logps(policy, micro_batch, config)
                 loss = -logps.sum() / num_items * distributed.world_size()  # FSDP averages over ranks; ours is a sum
-                loss.backward()
+                guard.backward(loss)
                 means.add("loss", loss * len(micro_batches))  # the mean over ranks and batches is then the step's loss
             rate = optim.learning_rate(step, steps, config.learning_rate, config.lr_scheduler, config.warmup_steps)
-            grad_norm = optim.update(policy, optimizer, rate, config.max_grad_norm, where=f"step {step}")
+            grad_norm = optim.update(policy, optimizer, rate, config.max_grad_norm)
+            guard.check_update(step, grad_norm, [sample.id for _, sample, _ in loaded])
         set_training(policy, False, config.gradient_checkpointing)
 
         # --- Log: metrics, held-out questions, checkpoint -------------------------------------------------------------
         metrics = means.reduce()
         metrics |= {"learning_rate": rate, "grad_norm": grad_norm, "tokens": num_items,
-                    "prompts/replaced": len(loader.replaced)}
+                    "prompts/replaced": len(loader.replaced), "guard/bad_steps": guard.bad_steps}
         log.write(step, metrics | held_out.after(step + 1, steps) | timer.pop())
-        save_if_due(config, step + 1, steps, policy, optimizer, loader, held_out)
-
-    export(policy, f"{config.output_dir}/model", config.model, distributed.compute_dtype(config.dtype, device))
+        stopping = guard.stop_due(step + 1, steps)
+        checkpoints.save_if_due(step + 1, steps, stopping)
+        if stopping:
+            break
+    else:
+        export(policy, f"{config.output_dir}/model", config.model, distributed.compute_dtype(config.dtype, device))
+        say(f"model: {config.output_dir}/model")
+    checkpoints.close()
     log.close()
-    say(f"model: {config.output_dir}/model")
     distributed.cleanup()
 
 

@@ -3,6 +3,7 @@
     python -m hov2.ask MODEL CLIP "What does she intend?" [--options "A. praise" "B. mockery"]
     python -m hov2.ask MODEL IMAGE "Do the two fit together?" --audio SOUND
     python -m hov2.ask MODEL --batch questions.jsonl > answers.jsonl
+    python -m hov2.ask runs/toy/stage3/model CLIP "What does she intend?" --prompts configs/toy/prompts.json
 
 One process, one question at a time, greedy; `evaluate.py` is the way to many answers at once, with scores.
 """
@@ -11,6 +12,7 @@ import argparse
 import codecs
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -22,7 +24,7 @@ from hov2.data import CHOICE_TYPES, DATA_TYPES, DataError, Sample, make_inputs
 from hov2.distributed import compute_dtype
 from hov2.media import MediaError, read_media
 from hov2.model import Encoder, load_thinker, load_tokenizer
-from hov2.prompts import Prompts, load_prompts
+from hov2.prompts import Prompts, PromptsError, load_prompts
 from hov2.rewards import PROBLEM_TYPES, answer_text
 from hov2.rollout import generate, sampling_for
 from hov2.setup import USER_ERRORS
@@ -30,11 +32,14 @@ from hov2.spans import completion_texts, completion_tokens, token_bytes_of
 
 
 class Asker:
-    """A loaded model that answers one question at a time. `system` replaces the system prompt; "" leaves it out."""
+    """A loaded model that answers one question at a time. `system` replaces the system prompt; "" leaves it out.
 
-    def __init__(self, model, system=None, limit=2048):
+    `prompts`: a file as in a config's `prompts`.
+    """
+
+    def __init__(self, model, system=None, limit=2048, prompts=None):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.prompts = Prompts(load_prompts().words | ({} if system is None else {"system": system}))
+        self.prompts = Prompts(load_prompts(prompts).words | ({} if system is None else {"system": system}))
         self.tokenizer = load_tokenizer(model)
         self.thinker = load_thinker(model, compute_dtype("auto", device)).to(device).eval()
         self.sampling = sampling_for(self.tokenizer, self.thinker.config, temperature=0.0, max_completion_length=limit)
@@ -100,6 +105,20 @@ def medium(path):
     return "audio" if media.frames is None else "image" if media.sample_fps is None else "video"
 
 
+def system_text(value):
+    """The system prompt that `--system` means: the content of a file, or the text itself; None stays None.
+
+    What looks like a path (a dot or slash inside a single word) is meant as one. Raises PromptsError for a file that
+    isn't there or isn't UTF-8.
+    """
+    if not value or not (os.path.isfile(value) or re.fullmatch(r"\S*[./]\S+", value)):
+        return value
+    try:
+        return Path(value).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptsError(f"--system: {value} can't be read as a text file: {error}") from None
+
+
 def arguments(argv):
     """The parsed command line; `samples` holds its questions, checked before a model is loaded."""
     parser = argparse.ArgumentParser(prog="python -m hov2.ask", description=__doc__.split("\n", maxsplit=1)[0])
@@ -109,12 +128,14 @@ def arguments(argv):
     parser.add_argument("--options", nargs="+", help='what to choose from: "A. joke" "B. threat"')
     parser.add_argument("--audio", help="the sound that goes with an image")
     parser.add_argument("--system", metavar="TEXT_OR_FILE", help="in place of hov2's system prompt")
+    parser.add_argument("--prompts", metavar="FILE", help="the prompts that the model was trained with: JSON, as a "
+                                                          "config's prompts")
     parser.add_argument("--batch", metavar="QUESTIONS.jsonl", help="many questions; JSON lines of answers to stdout")
     parser.add_argument("--max-new-tokens", type=int, default=2048)
     args = parser.parse_args(argv)
     if (args.clip or args.options or args.audio if args.batch else args.question is None) or args.max_new_tokens < 1:
         parser.error("expected CLIP and QUESTION, or --batch alone; and --max-new-tokens of at least 1")
-    args.system = Path(args.system).read_text("utf-8") if os.path.isfile(args.system or "") else args.system
+    args.system = system_text(args.system)
     args.samples = read_questions(args.batch) if args.batch else [to_sample({
         "problem": args.question, "options": args.options, "data_type": medium(args.clip),
         "path": {"image": args.clip, "audio": args.audio} if args.audio else args.clip}, "the question")]
@@ -137,7 +158,7 @@ def main(argv=None):
     """Does what the command line says and returns the exit code; a mistake of the user's is one line and code 1."""
     try:
         args = arguments(argv)
-        asker = Asker(args.model, args.system, args.max_new_tokens)
+        asker = Asker(args.model, args.system, args.max_new_tokens, args.prompts)
         if args.batch:
             return answer_all(asker, args.samples)
         answer = asker.ask(args.samples[0], lambda piece: print(piece, end="", flush=True))

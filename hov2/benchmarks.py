@@ -7,87 +7,20 @@ out and counted.
 """
 
 import json
-import math
 import os
 import re
 import string
 from pathlib import Path
 
 from hov2.data import CHOICE_TYPES, SPECIAL_TOKEN, DataError, Sample
+from hov2.results import mean
 from hov2.rewards import PROBLEM_TYPES, check_reference
 
-NAMES = {"intentbench": "IntentBench", "daily-omni": "Daily-Omni", "worldsense": "WorldSense"}
+# By benchmark. "columns" are [breakdown, label, number of questions] by column of the paper's table; "rows" have their
+# accuracies in %, Avg last, printed with "digits"; "breakdowns" are [field of a record, labels that come first beside
+# the columns']; "note" is printed below the table.
+PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
 NOT_GIVEN = "(not given)"  # the column of questions without the field that a breakdown goes by
-
-# ---- What was published ----
-
-QUESTIONS = {  # by column of the paper's tables; WorldSense says how many in all only
-    "intentbench": {"Why": 698, "How": 632, "What": 480, "When": 14, "Who/Which": 25, "Other": 507, "Emotion": 133,
-                    "Deception": 200, "Avg": 2689},  # the columns' are recovered from the published scores
-    "daily-omni": {"AV-align": 238, "Comp": 131, "Ctx": 193, "EvSeq": 306, "Inf": 154, "Reas": 175, "30s": 647,
-                   "60s": 550, "Avg": 1197},
-    "worldsense": {"Avg": 3172},
-}
-PAPER = {  # column of the paper's table: (breakdown, value); `Avg` follows
-    "intentbench": {column: ("question", column) for column in list(QUESTIONS["intentbench"])[:-1]},
-    "daily-omni": {
-        "AV-align": ("type", "AV Event Alignment"), "Comp": ("type", "Comparative"),
-        "Ctx": ("type", "Context understanding"), "EvSeq": ("type", "Event Sequence"), "Inf": ("type", "Inference"),
-        "Reas": ("type", "Reasoning"), "30s": ("duration", "30s"), "60s": ("duration", "60s"),
-    },
-    "worldsense": {
-        "Tech": ("domain", "Tech & Science"), "Cult": ("domain", "Culture & Politics"),
-        "Daily": ("domain", "Daily Life"), "Film": ("domain", "Film & TV"), "Perf": ("domain", "Performance"),
-        "Games": ("domain", "Games"), "Sports": ("domain", "Sports"), "Music": ("domain", "Music"),
-    },
-}
-PUBLISHED = {  # the rows of the HumanOmniV2 paper, in %, as printed; None: not published
-    "intentbench": {
-        "GPT-4o (transcript)": (61.46, 55.69, 60.00, 35.71, 76.00, 63.31, 60.99, 59.00, 59.98),
-        "GPT-o1 (transcript)": (68.19, 65.82, 66.04, 57.14, 76.00, 68.83, 67.26, 59.50, 66.69),
-        "Gemini-2.5-Pro": (68.57, 67.41, 65.12, 57.14, 64.00, 70.03, 68.23, 60.00, 67.15),
-        "MiniCPM-o 8B": (57.87, 53.48, 57.14, 57.14, 68.00, 61.14, 23.85, 49.50, 54.51),  # by its columns: 55.11
-        "VITA-1.5 7B": (53.15, 49.36, 51.66, 71.42, 64.00, 61.14, 53.20, 59.50, 54.17),
-        "Ola 7B": (60.60, 55.37, 56.87, 64.28, 76.00, 62.91, 46.66, 44.50, 57.41),
-        "Qwen2.5-Omni 7B": (62.60, 63.44, 63.53, 57.14, 76.00, 69.03, 59.74, 63.50, 64.20),
-        "HumanOmniV2": (66.76, 67.08, 71.25, 50.00, 84.00, 72.39, 82.41, 64.00, 69.33),
-        "  SFT only": (58.30, 60.28, 62.91, 64.28, 76.00, 65.28, 79.00, 57.00, 62.03),
-        "  w/o judged rewards": (67.47, 65.98, 68.54, 50.00, 76.00, 71.20, 84.00, 62.00, 68.44),
-        "  w/o context, judged rewards": (64.47, 64.08, 66.45, 50.00, 80.00, 71.40, 81.37, 61.50, 66.72),
-    },
-    # Copy errors of the paper, columns 30s and 60s: it swaps the two Qwen2.5-Omni rows (the official leaderboard has
-    # 46.68 48.36 for 7B, 42.35 38.36 for 3B), and gives Gemini 2.0 Flash other numbers than the leaderboard (67.23
-    # 68.55) and Flash Lite too (62.44 60.00). The leaderboard's fit their Avg, the paper's don't.
-    "daily-omni": {
-        "Gemini 2.0 Flash": (62.18, 73.28, 63.73, 63.72, 76.62, 75.43, 62.29, 56.57, 67.84),
-        "Gemini 2.0 Flash Lite": (55.04, 64.89, 58.03, 54.25, 74.03, 72.00, 60.57, 53.01, 61.32),
-        "Unified-IO-2 8B": (25.63, 31.30, 26.42, 25.82, 35.06, 29.71, 26.74, 30.00, 28.24),
-        "VideoLLaMA2 7B": (35.71, 35.88, 35.75, 31.70, 40.91, 34.29, 38.02, 31.82, 35.17),
-        "Qwen2.5-Omni 3B": (38.66, 48.09, 33.68, 33.99, 54.55, 44.00, 46.68, 48.36, 40.52),
-        "Qwen2.5-Omni 7B": (44.12, 51.15, 38.86, 40.52, 57.79, 61.71, 42.35, 38.36, 47.45),
-        "Ola 7B": (40.33, 60.30, 39.89, 44.11, 61.03, 66.28, 50.85, 48.72, 49.87),
-        "MiniCPM-o 7B": (40.33, 61.06, 49.22, 48.36, 68.83, 61.14, 54.09, 52.00, 53.13),
-        "HumanOmniV2": (46.63, 67.93, 51.81, 51.63, 72.72, 74.28, 63.06, 53.09, 58.47),
-        "GPT-4o, no sound (official)": (*[None] * 8, 56.47),
-        "Daily-Omni agent (official)": (*[None] * 8, 61.82),
-    },
-    "worldsense": {
-        "Claude 3.5 Sonnet": (43.7, 31.7, 30.6, 36.5, 30.7, 31.9, 36.6, 33.9, 34.8),
-        "GPT-4o": (48.0, 44.0, 38.3, 43.5, 41.9, 41.2, 42.6, 42.7, 42.6),
-        "Gemini 1.5 Pro": (53.7, 47.2, 50.3, 50.4, 52.4, 46.8, 40.2, 42.0, 48.0),
-        "Unified-IO-2 XXL": (27.1, 31.7, 23.9, 23.7, 25.5, 23.7, 25.7, 27.3, 25.9),
-        "VideoLLaMA2": (29.4, 25.4, 21.8, 24.5, 26.2, 24.6, 25.5, 27.1, 25.4),
-        "VITA-1.5": (38.2, 35.9, 34.3, 39.8, 41.2, 32.6, 34.7, 39.9, 36.9),
-        "Qwen2.5-Omni 7B": (47.8, 49.8, 43.6, 43.8, 48.3, 39.1, 43.5, 47.3, 45.4),
-        "HumanOmniV2": (50.2, 51.7, 47.6, 44.8, 47.3, 44.3, 45.2, 44.2, 47.1),
-    },
-}
-NOTES = {
-    "intentbench": "The published row of MiniCPM-o doesn't fit its Avg: by its columns it is 55.11.",
-    "daily-omni": "The paper copied 30s and 60s wrongly: officially Qwen2.5-Omni 7B has 46.68 and 48.36, 3B 42.35 and "
-                  "38.36,\nGemini 2.0 Flash 67.23 and 68.55, Flash Lite 62.44 and 60.00.",
-    "worldsense": "Published numbers mix protocols: Qwen2.5-Omni's 45.4 is of its own code, VLMEvalKit gives about 38.",
-}
 
 
 # ---- Reading ----
@@ -109,7 +42,7 @@ def read_benchmark(name, folder):
     except ValueError as error:  # broken JSON or not UTF-8
         raise DataError(f"{path}: not valid JSON: {error}") from None
     except OSError as error:
-        raise DataError(f"{path}: can't be read: {error.strerror}; {NAMES[name]} is published with that file") from None
+        raise DataError(f"{path}: can't be read: {error.strerror}; {name} is published with that file") from None
     if not isinstance(content, kind) or not content:
         raise DataError(f"{path}: expected {'a list of records' if kind is list else 'an object of videos'}, not empty")
     return list(read(content, path))
@@ -221,19 +154,16 @@ def _plain(value):
     return re.sub(r"[\W_]+", " ", str(value).replace("&", " and ")).strip().casefold()
 
 
-def _by_field(field, *known):
-    """(record -> its labels in `field`, which may be a list of several; the labels that are known)."""
-    spelled = {_plain(label): label for label in known}
-
-    def labels(record):
-        value = record["extra"].get(field)
-        values = [v for v in (value if isinstance(value, list) else [value]) if v not in (None, "")]
-        return list(dict.fromkeys(spelled.get(_plain(v), str(v).strip()) for v in values)) or [NOT_GIVEN]
-
-    return labels, known
+def _labels(record, field, spelled):
+    """A record's labels by `field`, which may hold a list of several; `spelled` maps plain ones to known ones."""
+    if field is None:
+        return [intent_column(record)[0]]
+    value = record["extra"].get(field)
+    values = [v for v in (value if isinstance(value, list) else [value]) if v not in (None, "")]
+    return list(dict.fromkeys(spelled.get(_plain(v), str(v).strip()) for v in values)) or [NOT_GIVEN]
 
 
-_INTENT_COLUMNS = {_plain(column): column for column in PAPER["intentbench"]}
+_INTENT_COLUMNS = {_plain(column): column for column in PUBLISHED["intentbench"]["columns"]}
 _INTENT_COLUMNS |= dict.fromkeys(("who", "which", "which who"), "Who/Which") | {"others": "Other"}
 _QUESTION_WORDS = dict.fromkeys(("who", "whom", "whose", "which"), "Who/Which") | {"where": "Other"}
 _QUESTION_WORDS |= {column.lower(): column for column in ("Why", "How", "What", "When")}
@@ -255,37 +185,21 @@ def intent_column(record):
     return next(filter(None, words), "Other"), "question word"
 
 
-BREAKDOWNS = {  # benchmark: {table: (record -> labels, labels that come first)}
-    "intentbench": {"question": (lambda record: [intent_column(record)[0]], list(PAPER["intentbench"]))},
-    "daily-omni": {
-        "type": _by_field("Type", *(value for table, value in PAPER["daily-omni"].values() if table == "type")),
-        "duration": _by_field("video_duration", "30s", "60s"),
-        "category": _by_field("video_category"),
-    },
-    "worldsense": {
-        "domain": _by_field("domain", *(value for _, value in PAPER["worldsense"].values())),
-        "task domain": _by_field("task_domain", "Recognition", "Understanding", "Reasoning"),
-        "task type": _by_field("task_type"),
-        "duration": _by_field("duration", "<1min", "1-2min", "2-4min", "4-6min", "6-8min", ">8min"),
-        "audio class": _by_field("audio_class", "Speech", "Event", "Music"),  # a question may be in several
-    },
-}
-
-
 def groups(name, records):
     """{table: {column: its records}}: first "paper", the columns of the paper's table and `Avg`, then each breakdown.
 
     Labels that are not known beforehand follow, sorted, then NOT_GIVEN.
     """
-    tables = {}
-    for table, (labels_of, known) in BREAKDOWNS[name].items():
-        found = {}
+    tables, of_paper = {}, PUBLISHED[name]["columns"]
+    for table, (field, more) in PUBLISHED[name]["breakdowns"].items():
+        known, found = [label for of, label, _ in of_paper.values() if of == table] + more, {}
+        spelled = {_plain(label): label for label in known}
         for record in records:
-            for label in labels_of(record):
+            for label in _labels(record, field, spelled):
                 found.setdefault(label, []).append(record)
         others = sorted(found.keys() - set(known), key=lambda label: (label == NOT_GIVEN, label))
         tables[table] = {label: found.get(label, []) for label in (*known, *others)}
-    paper = {column: tables[table][label] for column, (table, label) in PAPER[name].items()}
+    paper = {column: tables[table][label] for column, (table, label, _) in of_paper.items()}
     return {"paper": paper | {"Avg": list(records)}, **tables}
 
 
@@ -304,8 +218,7 @@ def columns(name, records):
 
 
 def _score(values):
-    present = [value for value in values if value is not None]
-    return (math.fsum(present) / len(present) if present else None), len(present)
+    return mean(values), sum(value is not None for value in values)
 
 
 # ---- Letters ----
@@ -341,10 +254,10 @@ def _letter_score(record, letter):
 
 def partial(name, records):
     """A sentence that says how the number of scored questions differs from the published one; "" if it doesn't."""
-    scored, published = sum(r["accuracy"] is not None for r in records), QUESTIONS[name]["Avg"]
+    scored, published = sum(r["accuracy"] is not None for r in records), PUBLISHED[name]["questions"]
     if scored == published == len(records):
         return ""
-    return (f"{NAMES[name]} has {published:,} published questions; this score is over {scored:,}"
+    return (f"{PUBLISHED[name]['name']} has {published:,} published questions; this score is over {scored:,}"
             + (f", {len(records) - scored:,} more have none" if scored < len(records) else ""))
 
 
@@ -354,27 +267,29 @@ def render(name, records, interval=None):
     `interval`: from the accuracies of a column to (low, high) in [0, 1]; shown with each score.
     """
     found, scores, warning = groups(name, records), columns(name, records), partial(name, records)
+    about = PUBLISHED[name]
     headers, paper = list(scores["paper"]), scores["paper"].values()
     rows = [("this run (partial)" if warning else "this run", [_percent(score) for score, _ in paper])]
     if interval:
         rows += zip(("  95 % from", "  95 % to"), zip(*(_bounds(interval, found["paper"][h]) for h in headers)))
-    rows += [("  questions", [str(count) for _, count in paper]),
-             ("  questions, published", [str(QUESTIONS[name].get(h, "-")) for h in headers])]
-    digits = 1 if name == "worldsense" else 2  # as printed
-    published = [(row, [_percent(value, 1, digits) for value in values]) for row, values in PUBLISHED[name].items()]
+    counts = [*(count for *_, count in about["columns"].values()), about["questions"]]
+    rows += [("  questions", [count for _, count in paper]),
+             ("  questions, published", ["-" if count is None else count for count in counts])]
+    published = [_row(row, [_percent(value, 1, about["digits"]) for value in values])
+                 for row, values in about["rows"].items()]
     lines = [f"WARNING: {warning}: the score is partial."] if warning else []
-    lines += [f"{NAMES[name]}, accuracy in %, Avg over questions", _row("", headers), *(_row(*row) for row in rows),
-              "-" * len(_row("", headers)), *(_row(*row) for row in published), NOTES[name]]
+    lines += [f"{about['name']}, accuracy in %, Avg over questions", _row("", headers), *(_row(*row) for row in rows),
+              "-" * len(_row("", headers)), *published, about["note"]]
     if name == "intentbench":
         rules = [intent_column(record)[1] for record in records]
         lines.append("Columns by: " + ", ".join(f"{rule} ({rules.count(rule)} questions)" for rule in RULES))
-    for table in BREAKDOWNS[name]:
-        if {(table, label) for label in found[table]} <= set(PAPER[name].values()):
+    for table in about["breakdowns"]:
+        if {(table, label) for label in found[table]} <= {(of, label) for of, label, _ in about["columns"].values()}:
             continue  # the paper's table has it all
         lines += ["", _row(f"by {table}", ["questions", "accuracy"] + (["95 % from", "to"] if interval else []))]
         for label, (score, count) in scores[table].items():
             bounds = _bounds(interval, found[table][label]) if interval else []
-            lines.append(_row(f"  {label}", [str(count), _percent(score), *bounds]))
+            lines.append(_row(f"  {label}", [count, _percent(score), *bounds]))
     strict, lenient = scores["letters"].values()
     lines.append(f"\nletter taken by the official rules, {strict[1]} multiple choice questions: "
                  f"strict (Daily-Omni's) {_percent(strict[0])}, lenient (WorldSense's) {_percent(lenient[0])}")

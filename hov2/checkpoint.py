@@ -1,156 +1,222 @@
-"""Checkpoints to resume from, and exports to use elsewhere.
+"""Checkpoints to resume from.
 
-`checkpoint-N/` holds the trained weights and the optimiser's state, sharded (torch.distributed.checkpoint), and
-`state.json` with what the loop needs to go on: the number of steps done and the loader's position. Random numbers need
-no state: they come from (seed, step, sample). A checkpoint is written under another name and renamed when it is
-complete.
+`checkpoint-N/` is the run after N steps:
+- the trained weights and the optimiser's state, sharded (torch.distributed.checkpoint), for any number of ranks;
+- `state.json`: the number of steps, the loader's position, the best held-out accuracy, the config;
+- `SHA256SUMS`, written last, in the format of `sha256sum -c`.
+
+Nothing else is needed to go on exactly. Learning rate and KL weight follow from the step's number, random numbers from
+(seed, step, sample), and a checkpoint is taken between steps, when no rollout waits for an update: a run that is killed
+between two iterations on the same rollouts samples them again, the same ones, from the weights that it had then.
+
+The loop waits for a copy in memory only; a thread writes it, to another name, and rank 0 renames it as soon as every
+rank's files are complete: that thread needs nothing from the loop, so that a long step doesn't delay it. Resume from
+your own checkpoints only: torch keeps their table of contents (`.metadata`) as a pickle.
 """
 
+import dataclasses
+import hashlib
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from hov2.distributed import barrier, rank
-from hov2.model import source_folder
+from hov2.distributed import PATIENCE, barrier, gather_objects, rank, world_size
 
 UNFINISHED = ".unfinished"  # ending of what is being written
+SUMS = "SHA256SUMS"
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
-def save_checkpoint(output_dir, step, policy, optimizer, state):
-    """Writes `output_dir/checkpoint-{step}`; all ranks call it. `state` is a small JSON-able dict."""
-    folder = Path(output_dir) / f"checkpoint-{step}"
-    unfinished = folder.with_name(folder.name + UNFINISHED)
-    if rank() == 0:
-        for old in (folder, *Path(output_dir).glob(f"checkpoint-*{UNFINISHED}")):
-            shutil.rmtree(old, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        (unfinished / "state.json").write_text(json.dumps(state))
-    barrier()
-    model, optim = get_state_dict(policy, optimizer, options=TRAINED)
-    dcp.save({"model": model, "optim": optim}, checkpoint_id=unfinished)
-    barrier()
-    if rank() == 0:
-        unfinished.rename(folder)
-    barrier()
+class CheckpointError(ValueError):
+    """Checkpoints that can't be written or taken up; the message names the folder and says why."""
 
 
-def newest_checkpoint(output_dir):
-    """The finished checkpoint with the most steps in `output_dir`, or None."""
-    found = [p for p in Path(output_dir).glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
-    return max(found, key=lambda p: int(p.name.split("-")[1]), default=None)
+class Checkpoints:
+    """A run's checkpoints in `config.output_dir`. All ranks make one, and call its methods together."""
 
+    def __init__(self, config, policy, optimizer, loader, held_out):
+        self.config, self.folder = config, Path(config.output_dir)
+        self.policy, self.optimizer, self.loader, self.held_out = policy, optimizer, loader, held_out
+        # the writing thread's own: the default group is the loop's, and it may be nccl, which has no CPU side
+        self.group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self.thread, self.writing = ThreadPoolExecutor(1, thread_name_prefix="checkpoint"), None
+        trained = [p for p in policy.parameters() if p.requires_grad]
+        self.size = 3 * sum(p.numel() * p.element_size() for p in trained)  # bytes, with AdamW's two moments
 
-def load_checkpoint(folder, policy, optimizer):
-    """Loads weights and optimiser state in place, on any number of ranks; returns the saved `state`."""
-    model, optim = get_state_dict(policy, optimizer, options=TRAINED)  # also makes the optimiser's state to load into
-    dcp.load({"model": model, "optim": optim}, checkpoint_id=folder)
-    set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=optim, options=TRAINED)
-    return json.loads((Path(folder) / "state.json").read_text())
+    def resume(self):
+        """With `config.resume` "auto", takes up the newest checkpoint that is whole; returns the number of steps done.
 
-
-def save_if_due(config, steps_done, steps, policy, optimizer, loader, held_out):
-    """A checkpoint after every `save_steps` steps and after the last one."""
-    if steps_done == steps or (config.save_steps and steps_done % config.save_steps == 0):
-        state = {"step": steps_done, "loader": loader.state_dict(), "best": held_out.best}
-        save_checkpoint(config.output_dir, steps_done, policy, optimizer, state)
-
-
-def resume(config, policy, optimizer, loader, held_out):
-    """With `config.resume`, takes up the newest checkpoint of `output_dir`; returns the number of steps done.
-
-    Without it, or where there is none, the run begins anew, and what an earlier one left there is set aside.
-    """
-    folder = newest_checkpoint(config.output_dir) if config.resume else None
-    if folder is None:
+        Newer ones that aren't are named and moved to `earlier-N`. With "never", or where there is no checkpoint, the
+        run begins anew, and all that an earlier one left there is moved. Raises CheckpointError where none of the
+        checkpoints is whole, and for one that doesn't fit the model.
+        """
         if rank() == 0:
-            set_aside(config.output_dir)
+            self._warn_if_full()
+            for left in self.folder.glob(f"checkpoint-*{UNFINISHED}"):
+                shutil.rmtree(left)
+        found = gather_objects(finished_checkpoints(self.folder))[0] if self.config.resume == "auto" else []
+        for number, folder in enumerate(found):
+            problem = find_problem(folder)
+            if not problem:
+                return self._load(folder, found[:number])
+            if rank() == 0:
+                print(f"warning: {folder} is passed over: {problem}", flush=True)
+        if found:
+            raise CheckpointError(f"{self.folder}: none of its checkpoints is whole; resume=never begins anew")
+        if rank() == 0:
+            set_aside(self.folder)
         barrier()
         return 0
-    state = load_checkpoint(folder, policy, optimizer)
-    loader.load_state_dict(state["loader"])
-    held_out.best = state["best"]
-    if rank() == 0:
-        print(f"resumed from {folder}", flush=True)
-    return state["step"]
+
+    def save_if_due(self, steps_done, steps, stopping=False):
+        """Begins a checkpoint after every `save_steps` steps, after the last one, and where the run stops early."""
+        if stopping or steps_done == steps or (self.config.save_steps and steps_done % self.config.save_steps == 0):
+            self.save(steps_done)
+
+    def save(self, steps_done):
+        """Copies the run's state to memory and has it written to `checkpoint-{steps_done}`, while the loop goes on.
+
+        Waits for the checkpoint before, if it is still being written.
+        """
+        self.wait()
+        state = {"step": steps_done, "loader": self.loader.state_dict(), "best": self.held_out.best,
+                 "config": dataclasses.asdict(self.config)}
+        model, optim = get_state_dict(self.policy, self.optimizer, options=TRAINED)
+        unfinished = self.folder / f"checkpoint-{steps_done}{UNFINISHED}"
+        writer = dcp.FileSystemWriter(unfinished)  # copies to memory at once; its thread then leaves the GPUs alone
+        files = dcp.async_save({"model": model, "optim": optim}, storage_writer=writer, process_group=self.group)
+        self.writing = self.thread.submit(self._finish, files, unfinished, state)
+
+    def wait(self):
+        """Waits until nothing is being written; returns why the last checkpoint failed, or None, on all ranks alike."""
+        return self.writing.result() if self.writing else None
+
+    def close(self):
+        """Waits for the last checkpoint; raises CheckpointError if that one could not be written."""
+        problem = self.wait()
+        self.thread.shutdown()
+        if problem:
+            raise CheckpointError(f"{self.folder}: the last checkpoint could not be written: {problem}")
+
+    def _warn_if_full(self):
+        """Before the room is needed, so that there is time to make some."""
+        free = shutil.disk_usage(self.folder).free
+        if free < self.size:
+            print(f"warning: {self.folder} has {free / 1e9:.2f} GB left on its disk, and the next checkpoint takes "
+                  f"about {self.size / 1e9:.2f} GB", flush=True)
+
+    def _finish(self, files, unfinished, state):
+        """In the thread: when all ranks' files are written, rank 0 completes the checkpoint; returns as `wait`.
+
+        A failure is said at once and costs this checkpoint only.
+        """
+        sums, problem = _tried(_sums_when_written, files, unfinished)
+        of_ranks = gather_objects((sums, problem), self.group)
+        problem = next((problem for _, problem in of_ranks if problem), None)
+        if rank() == 0 and not problem:
+            _, problem = _tried(self._complete, unfinished, state, [sums for sums, _ in of_ranks])
+        if rank() == 0 and problem:
+            free = shutil.disk_usage(self.folder).free / 1e9
+            print(f"warning: {unfinished.with_suffix('')} could not be written ({free:.2f} GB free): {problem}; the "
+                  "run goes on, with the checkpoints before, and tries again when the next is due", flush=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
+        return gather_objects(problem, self.group)[0]  # also keeps the ranks from beginning another before the rename
+
+    def _complete(self, unfinished, state, sums):
+        (unfinished / "state.json").write_text(json.dumps(state))
+        sums.append({"state.json": sha256(unfinished / "state.json")})  # last: a list cut off lacks it
+        lines = [f"{value}  {name}\n" for of_rank in sums for name, value in of_rank.items()]
+        (unfinished / SUMS).write_text("".join(lines))
+        unfinished.rename(unfinished.with_suffix(""))
+        for folder in surplus(finished_checkpoints(self.folder), self.config.keep_last, self.config.keep_every):
+            # renamed, so that half of one is never taken for one
+            shutil.rmtree(folder.rename(folder.with_name(folder.name + UNFINISHED)), ignore_errors=True)
+        self._warn_if_full()
+
+    def _load(self, folder, torn):
+        """Loads weights and optimiser state in place, on any number of ranks; returns the number of steps done."""
+        model, optim = get_state_dict(self.policy, self.optimizer, options=TRAINED)  # makes the state to load into
+        _, problem = _tried(dcp.load, {"model": model, "optim": optim}, checkpoint_id=folder)
+        if problem:
+            raise CheckpointError(f"{folder}: doesn't fit the config's model: {problem}")
+        set_state_dict(self.policy, self.optimizer, model_state_dict=model, optim_state_dict=optim, options=TRAINED)
+        state = json.loads((folder / "state.json").read_text())
+        self.loader.load_state_dict(state["loader"])
+        self.held_out.best = state["best"]
+        if rank() == 0:
+            set_aside(self.folder, [path.name for path in torn])
+            changed = [key for key, value in dataclasses.asdict(self.config).items()
+                       if value != state["config"].get(key) and key != "resume"]
+            print(f"resumed from {folder}; changed in the config: {', '.join(changed) or 'nothing'}", flush=True)
+        return state["step"]
 
 
-def set_aside(output_dir):
+def finished_checkpoints(output_dir):
+    """The folders of the finished checkpoints in `output_dir`, that with the most steps first."""
+    found = [p for p in Path(output_dir).glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=_steps_of, reverse=True)
+
+
+def surplus(folders, keep_last, keep_every):
+    """Which of the checkpoints (newest first) to remove: all but `keep_last` of them and the multiples of `keep_every`.
+
+    0 for `keep_last` keeps all.
+    """
+    return [f for f in folders[keep_last:] if keep_last and (not keep_every or _steps_of(f) % keep_every)]
+
+
+def find_problem(folder):
+    """What is wrong with a checkpoint's files, or None; all ranks call it, each reads its share, and all agree."""
+    problem = None
+    try:
+        sums = {line[66:]: line[:64] for line in (folder / SUMS).read_text().splitlines()}
+        for name in sorted({*sums, "state.json"})[rank()::world_size()]:  # a list that was cut off lacks the latter
+            if sha256(folder / name) != sums.get(name):
+                problem = f"{name} is not as it was written"
+    except (OSError, ValueError) as error:
+        problem = str(error)
+    return next(filter(None, gather_objects(problem)), None)
+
+
+def sha256(path):
+    """The SHA-256 of a file, as hexadecimal text."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sums_when_written(files, folder):
+    """{name: SHA-256} of this rank's files in `folder`, once they are written; rank 0 has the table of contents too."""
+    files.result()
+    names = [path.name for path in folder.glob(f"__{rank()}_*")] + [".metadata"] * (rank() == 0)
+    return {name: sha256(folder / name) for name in names}
+
+
+def _tried(work, *args, **kwargs):
+    """(what `work` returns, None), or (None, why it failed, in a line)."""
+    try:
+        return work(*args, **kwargs), None
+    except (CheckpointException, OSError, RuntimeError) as error:
+        return None, str(error).strip().splitlines()[-1]  # of torch's stack, which it has from the rank that failed
+
+
+def _steps_of(folder):
+    return int(folder.name.removeprefix("checkpoint-"))
+
+
+def set_aside(output_dir, patterns=("checkpoint-*", "best", "*.jsonl")):
     """Moves an earlier run's checkpoints and logs to `output_dir/earlier-N`, so that two runs never mix."""
     output_dir = Path(output_dir)
-    found = [path for pattern in ("checkpoint-*", "best", "*.jsonl") for path in output_dir.glob(pattern)]
+    found = [path for pattern in patterns for path in output_dir.glob(pattern)]
     if found:
         number = 1 + sum(1 for _ in output_dir.glob("earlier-*"))
         target = output_dir / f"earlier-{number}"
         target.mkdir()
         for path in found:
             path.rename(target / path.name)
-        print(f"an earlier run's checkpoints and logs are now in {target}", flush=True)
-
-
-def export(policy, folder, name, dtype):
-    """Writes the policy as a Hugging Face folder like the one it came from: what went in comes out.
-
-    `name` is the model that the run began with. A thinker gives a thinker's folder; a full Qwen2.5-Omni checkpoint
-    gives a full one, its talker and vocoder copied. Weights are written as `dtype`; tokenizer and other small files are
-    copied. All ranks call it.
-    """
-    folder, source = Path(folder), source_folder(name)
-    full = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if rank() == 0:
-        weights = {key.removeprefix("thinker."): value.to(dtype) for key, value in full.items()}
-        unfinished = folder.with_name(folder.name + UNFINISHED)
-        shutil.rmtree(unfinished, ignore_errors=True)
-        if is_full_omni(source):
-            _write_into_full(weights, unfinished, source)
-        else:
-            policy.thinker.save_pretrained(unfinished, state_dict=weights)
-            _edit_json(unfinished / "config.json", dtype=str(dtype).removeprefix("torch."))
-        for path in source.iterdir():
-            weights_file = path.name.endswith((".safetensors", ".index.json", ".bin"))
-            if path.is_file() and not weights_file and not (unfinished / path.name).exists():
-                shutil.copy(path, unfinished / path.name)
-        shutil.rmtree(folder, ignore_errors=True)  # only now: it may be the very folder that the run began with
-        unfinished.rename(folder)
-    barrier()
-
-
-def is_full_omni(folder):
-    """Whether the folder holds a full Qwen2.5-Omni (thinker, talker, vocoder) rather than a thinker."""
-    return json.loads((Path(folder) / "config.json").read_text())["model_type"] == "qwen2_5_omni"
-
-
-def hub_key(name):
-    """A thinker parameter's name in the published checkpoints: `model.language_model.X` is `model.X` there, etc."""
-    for inside, outside in (("model.language_model.", "model."), ("model.visual.", "visual."),
-                            ("model.audio_tower.", "audio_tower.")):
-        if name.startswith(inside):
-            return outside + name.removeprefix(inside)
-    return name
-
-
-def _edit_json(path, **values):
-    path.write_text(json.dumps(json.loads(path.read_text()) | values, indent=2) + "\n")
-
-
-def _write_into_full(weights, folder, source):
-    """Copies the full checkpoint file by file, with the thinker's tensors replaced."""
-    folder.mkdir(parents=True)
-    left = {f"thinker.{hub_key(name)}": value for name, value in weights.items()}
-    for path in sorted(source.glob("*.safetensors")):
-        tensors = load_file(path)
-        tensors.update({key: left.pop(key).contiguous() for key in list(left) if key in tensors})
-        save_file(tensors, folder / path.name, metadata={"format": "pt"})
-    if left:
-        raise ValueError(f"{source}: the checkpoint has no place for {next(iter(left))}")
-    for index in source.glob("*.index.json"):
-        shutil.copy(index, folder / index.name)
+        print(f"set aside in {target}: {', '.join(path.name for path in found)}", flush=True)

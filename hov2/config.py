@@ -74,6 +74,32 @@ class JudgeConfig:
 
 
 @dataclass
+class LoRAConfig:
+    """Adapters of low rank on the decoder's linear layers, trained instead of its weights (Hu et al., 2021)."""
+
+    rank: int = 16
+    alpha: float = 32.0  # an adapter's output is multiplied by alpha / rank
+    target_modules: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj",
+                                                               "up_proj", "down_proj"])
+
+    def __post_init__(self):
+        """Refuses adapters that can't train."""
+        if self.rank < 1 or self.alpha <= 0 or not self.target_modules:
+            raise ConfigError("lora: expected a rank of at least 1, an alpha above 0 and some target_modules, got "
+                              f"{self.rank}, {self.alpha} and {self.target_modules}")
+
+
+@dataclass
+class AlarmConfig:
+    """Signs of collapse that the log says once; limits for the mean of 20 steps (guard.py), null: never said."""
+
+    format_drop: float | None = 0.2  # the format reward has fallen by more than this from its highest
+    zero_std: float | None = 0.8  # frac_reward_zero_std is above this
+    kl: float | None = 0.5  # kl is above this
+    clipped: float | None = 0.5  # completions/clipped_ratio is above this
+
+
+@dataclass
 class BaseConfig:
     """What training and evaluation share."""
 
@@ -82,12 +108,14 @@ class BaseConfig:
     data: list[Source]
     seed: int = 0
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, float32 on CPU
+    shard_within_node: bool = False  # true: each node holds a whole copy (HSDP), so that weights never cross nodes
     media: MediaConfig = field(default_factory=MediaConfig)
     prompts: str | None = None  # JSON file that replaces words of prompts.py
     max_prompt_length: int | None = None  # tokens, media included
     on_long_prompt: Literal["error", "skip", "fewer_frames"] = "error"
     encoding_cache: int = 0  # clips whose tower outputs are kept in memory (the towers are frozen, so this is exact)
     judge: JudgeConfig | None = None
+    hang_minutes: float = 30.0  # a phase that lasts longer is said, with the rank and its stack; 0: never
     why: dict[str, str] = field(default_factory=dict)  # for readers: why a key has the value it has; nothing reads it
 
 
@@ -104,15 +132,21 @@ class TrainConfig(BaseConfig):
     adam_beta2: float = 0.999
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    optimizer_states: Literal["float32", "bfloat16", "cpu"] = "float32"  # AdamW's moments: optim.RestingAdamW
+    lora: LoRAConfig | None = None  # null: all of the decoder's weights are trained
     gradient_checkpointing: bool = True
     logprob_chunk: int = 128  # tokens whose logits exist at a time
     max_bad_samples: float = 0.01  # share of the samples drawn that may be unusable before the run stops
+    max_bad_steps: int = 10  # updates skipped for a loss or gradient that is not finite; more of them stop the run
+    max_hours: float | None = None  # saves and ends in time before so many hours; leave the cluster's limit some more
     eval_data: list[Source] = field(default_factory=list)
     eval_steps: int = 0  # 0: never
     eval_max_new_tokens: int = 2048
     eval_batch_size: int = 8  # questions decoded together on one rank
     save_steps: int = 0  # 0: only at the end
-    resume: bool = False  # continue from the newest checkpoint in output_dir
+    keep_last: int = 0  # newest checkpoints that are kept; 0: all
+    keep_every: int = 0  # checkpoints after a multiple of this many steps are kept too; 0: no others
+    resume: Literal["auto", "never"] = "never"  # auto: from the newest whole checkpoint in output_dir, if there is one
     report_to: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
 
     def __post_init__(self):
@@ -121,6 +155,13 @@ class TrainConfig(BaseConfig):
             value = getattr(self, name, None)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}: at least 1, got {value}")
+        if min(self.save_steps, self.keep_last, self.keep_every) < 0:
+            raise ConfigError("save_steps, keep_last, keep_every: at least 0")
+        if self.keep_every and not self.keep_last:
+            raise ConfigError("keep_every: needs keep_last, without which all checkpoints are kept")
+        for name in ("max_bad_steps", "max_hours", "hang_minutes"):
+            if (getattr(self, name) or 0) < 0:
+                raise ConfigError(f"{name}: at least 0, got {getattr(self, name)}")
         if bool(self.eval_data) != bool(self.eval_steps):
             raise ConfigError("eval_data and eval_steps: held-out evaluation needs both, or leave both out")
 
@@ -158,6 +199,7 @@ class GRPOConfig(TrainConfig):
     format: Literal["strict", "released"] = "strict"
     gate_threshold: float | None = None
     mask_truncated_completions: bool = False
+    alarms: AlarmConfig = field(default_factory=AlarmConfig)
     dump_every: int = 1  # steps between rollout dumps; 0: never
 
 

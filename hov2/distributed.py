@@ -63,12 +63,18 @@ def rank_zero_first():
             barrier()
 
 
-def gather_objects(value):
-    """Every rank's `value` (any small picklable object), in rank order, on every rank."""
+def say(text):
+    """Prints on rank 0; nothing for an empty text."""
+    if text and rank() == 0:
+        print(text, flush=True)
+
+
+def gather_objects(value, group=None):
+    """Every rank's `value` (any small picklable object), in rank order, on every rank; `group`: another one of all."""
     values = [None] * world_size()
     if world_size() == 1:
         return [value]
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group)
     return values
 
 
@@ -87,22 +93,33 @@ def compute_dtype(name, device):
     return getattr(torch, name)
 
 
-def shard(policy, device, dtype, frozen):
-    """FSDP2 over all ranks: each decoder layer is one unit, the rest (embeddings, norm, lm_head) belongs to the root.
+def make_mesh(device, within_node=False):
+    """The devices that a model is sharded over: all of them, (ranks,), or within each node, (nodes, ranks of a node).
 
-    Parameters stay in the type they have (float32 masters when trained), compute is in `dtype`, gradients are reduced
-    in float32. `frozen` parameters (the towers) are kept whole on each rank, in `dtype`: a rank may run them whenever
-    it likes, without the others.
+    How many ranks a node has is torchrun's LOCAL_WORLD_SIZE. With one node there is nothing to replicate. Raises
+    ValueError for nodes of different sizes.
     """
-    thinker = policy.thinker
-    for parameter in frozen:
-        parameter.data = parameter.data.to(device, dtype)
-    for buffer in thinker.buffers():
-        buffer.data = buffer.data.to(device)
-    mesh = init_device_mesh(device.type, (world_size(),))
+    world, local = world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    sizes = set(gather_objects(local))
+    if not within_node or sizes == {world}:
+        return init_device_mesh(device.type, (world,))
+    if len(sizes) > 1:
+        raise ValueError("shard_within_node: every node needs the same number of processes")
+    return init_device_mesh(device.type, (world // local, local), mesh_dim_names=("replicate", "shard"))
+
+
+def shard(policy, mesh, dtype, frozen):
+    """FSDP2 over a mesh of `make_mesh`: each decoder layer is one unit, the rest (embeddings, norm, lm_head) the root.
+
+    Of two dimensions the first one replicates (HSDP): weights are gathered within a node, and only gradients travel
+    between nodes. Parameters stay in the type they have (float32 masters when trained), compute is in `dtype`,
+    gradients are reduced in float32. `frozen` parameters (the towers) are kept whole on each rank: a rank may run them
+    whenever it likes, without the others. A unit may mix trained and frozen parameters, if the trained ones share one
+    type.
+    """
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=None,
                                      cast_forward_inputs=False)
-    for layer in thinker.model.language_model.layers:
+    for layer in policy.thinker.model.language_model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=precision)
     # the root keeps its weights through the backward pass: chunks of the head are recomputed with lm_head there
     fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=False, ignored_params=frozen)

@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from hov2.checkpoint import export
 from hov2.config import ConfigError
 from hov2.data import SkipSample, read_samples
 from hov2.distributed import barrier, compute_dtype, gather_objects, rank, unsharded, world_size
+from hov2.guard import beat
 from hov2.media import MediaError
 from hov2.model import set_training
 from hov2.results import over_samples, summarize
@@ -30,6 +30,7 @@ from hov2.rollout import generate, make_generator, sampling_for
 from hov2.scoring import Scorer
 from hov2.setup import say
 from hov2.spans import completion_texts, completion_tokens
+from hov2.weights import export
 
 READERS = 4  # threads that read a batch's clips
 BARE = {"multiple choice": "[A-Z]", "emer_ov_mc": r"[A-Z](,\s?[A-Z])*", "judge": "(?i:yes|no)"}  # and nothing else
@@ -67,6 +68,7 @@ class Evaluator:
                 total=len(samples), initial=len(samples) - left, desc="evaluate", unit="question",
                 disable=None if rank() == 0 else True) as bar:
             for batch, loading, begun in self._loaded(samples, batches):
+                beat("evaluate")
                 answered = self._answer(samples, batch, loading)
                 if journal:
                     journal.append(answered)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from hov2 import guard
 from hov2.config import ConfigError
 
 # What the console line shows, in this order, of the metrics that a step has: (metric, heading, format).
@@ -34,15 +35,17 @@ class MetricsLog:
     """One line a step in `output_dir/metrics.jsonl`, on the console and in the trackers of `report_to`; rank 0 only.
 
     A run that starts at `start_step` keeps the earlier steps' lines and cuts off the rest (0: all of them), so that a
-    resumed run's file equals an uninterrupted one's. Raises ConfigError for a tracker that isn't installed.
+    resumed run's file equals an uninterrupted one's; `history` has the metrics of all its steps. Raises ConfigError for
+    a tracker that isn't installed.
     """
 
     def __init__(self, output_dir, rank, report_to, total_steps, start_step=0):
         self.total_steps, self.writes = total_steps, rank == 0
         self.bar = tqdm(total=total_steps, initial=start_step, unit="step", disable=None if self.writes else True)
-        self.trackers = []
+        self.trackers, self.history = [], []
         if self.writes:
             self._file = _open_from(Path(output_dir) / "metrics.jsonl", start_step)
+            self.history += map(json.loads, (Path(output_dir) / "metrics.jsonl").read_text().splitlines())
             self.trackers = [_TRACKERS[name](output_dir) for name in report_to]
 
     def write(self, step, metrics):
@@ -51,6 +54,7 @@ class MetricsLog:
             return
         metrics = _plain(metrics)
         self._file.write(_line({"step": step, **metrics}))
+        self.history.append(metrics)
         numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
         for tracker in self.trackers:
             tracker(step, numbers)
@@ -84,7 +88,8 @@ class RolloutDump:
 class Timer:
     """Adds up the seconds of named parts of a step: `with timer("rollout"): ...`, then `timer.pop()`.
 
-    Wall time of this process; work that a GPU still has queued counts where it is waited for.
+    Wall time of this process; work that a GPU still has queued counts where it is waited for. The watch (guard.py)
+    knows these parts as the run's phases.
     """
 
     def __init__(self):
@@ -94,10 +99,12 @@ class Timer:
     def __call__(self, name):
         """Times one block under `name`, added to earlier blocks of that name."""
         start = time.perf_counter()
+        guard.beat(name)
         try:
             yield
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+            guard.beat(f"after {name}")
 
     def pop(self):
         """`{"time/<name>": seconds}` since the last pop."""

@@ -6,12 +6,14 @@ interfaces: `Encoder` runs the towers once per clip, and an attention function t
 whom (`prefix.py` for training, `rollout.py` for decoding).
 """
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.nn import functional as F
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -21,15 +23,12 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.utils import cached_file, logging
 
-from hov2.distributed import compute_dtype, rank, rank_zero_first, shard
+from hov2.config import ConfigError
+from hov2.distributed import compute_dtype, make_mesh, rank_zero_first, shard
+from hov2.weights import ModelError, fetch, fill, read_weights, whole
 
 ATTENTION = "hov2"  # our name in transformers' attention interface
-
-
-class ModelError(ValueError):
-    """A model that can't be loaded; the message names it and says what would be right."""
 
 
 def attention(module, query, key, value, attention_mask, scaling=None, attend=None, **kwargs):
@@ -62,36 +61,135 @@ class Policy(nn.Module):
         return function(self.thinker, *args, **kwargs)
 
 
-def load_thinker(name, dtype, towers=True):
-    """The thinker in `name`: its own folder, a full Qwen2.5-Omni folder (its `thinker.` part), or a hub id.
+class LoRALinear(nn.Module):
+    """A frozen linear layer with a trained correction of low rank: W x + b + alpha / rank * B A x (Hu et al., 2021).
 
-    Weights are `dtype`, towers frozen (and left out when `towers` is false: the reference model gets encodings made by
-    the policy's). Raises ModelError for a name that is neither a folder nor reachable.
+    It has the names of the layer that it replaces, `weight` and `bias`, and adds `lora_a` (rank, in), `lora_b` (out,
+    rank), float32. B begins at 0: the layer then does what it did before.
     """
-    if rank() != 0:
-        logging.disable_progress_bar()
-    kind = _read(AutoConfig, name).model_type
-    if kind not in ("qwen2_5_omni", "qwen2_5_omni_thinker"):
-        raise ModelError(f"{name}: a model of the type {kind!r}; expected a Qwen2.5-Omni or its thinker")
-    thinker, found = _read(Qwen2_5OmniThinkerForConditionalGeneration, name, dtype=dtype, output_loading_info=True)
-    absent = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
-    if absent:  # transformers would go on with random weights
-        raise ModelError(f"{name}: {len(absent)} of the thinker's weights are missing or misshapen: {absent[0]}, ...")
-    thinker.model.language_model.set_attn_implementation(ATTENTION)  # the towers keep theirs
-    if not towers:
-        thinker.model.visual = thinker.model.audio_tower = None
-    for tower in filter(None, (thinker.model.visual, thinker.model.audio_tower)):
-        tower.requires_grad_(False)
+
+    on = True  # of all layers alike: `adapters_off`
+
+    def __init__(self, linear, config):
+        super().__init__()
+        self.weight, self.bias, device = linear.weight, linear.bias, linear.weight.device
+        self.lora_a = nn.Parameter(torch.empty(config.rank, linear.in_features, device=device))
+        self.lora_b = nn.Parameter(torch.empty(linear.out_features, config.rank, device=device))
+        self.scale = config.alpha / config.rank
+
+    def forward(self, x):
+        """(..., in) -> (..., out)."""
+        out = F.linear(x, self.weight, self.bias)
+        return out + self.scale * F.linear(F.linear(x, self.lora_a), self.lora_b) if self.on else out
+
+    def merged_weight(self):
+        """The weight with the correction in it, whole, in float32; all ranks call it."""
+        return whole(self.weight).float() + self.scale * (whole(self.lora_b) @ whole(self.lora_a))
+
+    def start(self, generator):
+        """A as torch begins a linear layer, drawn whole on every rank, so that all agree on it; B is 0."""
+        first = torch.empty(self.lora_a.shape)
+        fill(self.lora_a, nn.init.kaiming_uniform_(first, a=5**0.5, generator=generator))
+        nn.init.zeros_(self.lora_b)
+
+
+def add_lora(thinker, config):
+    """Freezes the thinker and gives the decoder's linear layers named in `config.target_modules` their LoRALinear."""
+    thinker.requires_grad_(False)
+    layers = [(parent, name, child) for parent in thinker.model.language_model.layers.modules()
+              for name, child in parent.named_children() if isinstance(child, nn.Linear)]
+    known = {name for _, name, _ in layers}
+    if not known.issuperset(config.target_modules):
+        raise ConfigError(f"lora.target_modules: expected some of {sorted(known)}, got {config.target_modules}")
+    for parent, name, child in layers:
+        if name in config.target_modules:
+            setattr(parent, name, LoRALinear(child, config))
+
+
+@contextmanager
+def adapters_off():
+    """Inside, a model with LoRA is the one that it began as; nothing changes for one without."""
+    LoRALinear.on = False
+    try:
+        yield
+    finally:
+        LoRALinear.on = True
+
+
+def load_thinker(name, dtype, towers=True):
+    """The thinker in `name`, whole, on the CPU, towers frozen: its own folder, a full Qwen2.5-Omni folder, or a hub id.
+
+    Raises ModelError for a name that is neither a folder nor reachable, and for weights that don't fit.
+    """
+    thinker = _design(name, dtype, towers)
+    _materialise(thinker, thinker, name, torch.device("cpu"))
     return thinker
 
 
 def load_policy(config, device, trained=True, towers=True):
-    """The config's model as a sharded Policy: float32 weights when they are trained, else in the compute type."""
+    """The config's model as a sharded Policy: what is trained in float32, the rest in the compute type.
+
+    With `config.lora` only its adapters are trained. `towers` false leaves the towers out: the reference model gets
+    encodings made by the policy's. No rank ever holds the whole decoder. Errors are those of `load_thinker`, and
+    ConfigError for adapters on layers that there are not.
+    """
     dtype = compute_dtype(config.dtype, device)
-    thinker = load_thinker(config.model, torch.float32 if trained else dtype, towers)
+    thinker = _design(config.model, dtype, towers)
     if not trained:
         thinker.requires_grad_(False)
-    return shard(Policy(thinker).eval(), device, dtype, tower_parameters(thinker))
+    elif config.lora:
+        add_lora(thinker, config.lora)
+    for parameter in thinker.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    mesh = make_mesh(device, config.shard_within_node)
+    policy = shard(Policy(thinker).eval(), mesh, dtype, tower_parameters(thinker))
+    _materialise(policy, thinker, config.model, device, config.seed)
+    return policy
+
+
+def load_reference(config, device, policy):
+    """The model that a stage begins with, frozen, for the KL term; None where there is none (beta 0).
+
+    With LoRA it is the policy itself, inside `adapters_off`; else a second model, without towers.
+    """
+    if not config.beta:
+        return None
+    return policy if config.lora else load_policy(config, device, trained=False, towers=False)
+
+
+def _design(name, dtype, towers):
+    """The thinker that `name` describes on the meta device: names, shapes and types, and no memory; towers frozen."""
+    config = _read(AutoConfig, name)
+    if config.model_type not in ("qwen2_5_omni", "qwen2_5_omni_thinker"):
+        raise ModelError(f"{name}: a model of the type {config.model_type!r}; expected a Qwen2.5-Omni or its thinker")
+    with torch.device("meta"):
+        thinker = Qwen2_5OmniThinkerForConditionalGeneration(getattr(config, "thinker_config", config)).eval()
+    thinker.tie_weights()
+    thinker.model.language_model.set_attn_implementation(ATTENTION)  # the towers keep theirs
+    if not towers:
+        thinker.model.visual = thinker.model.audio_tower = None
+    for parameter in thinker.parameters():
+        parameter.data = parameter.data.to(dtype)
+    for parameter in tower_parameters(thinker):
+        parameter.requires_grad_(False)
+    return thinker
+
+
+def _materialise(root, thinker, name, device, seed=0):
+    """Gives `root`, the thinker or a Policy around it, memory on `device`, the weights of `name`, and adapters."""
+    root.to_empty(device=device)
+    thinker.tie_weights()
+    generator = torch.Generator().manual_seed(seed)
+    for module in thinker.modules():
+        if isinstance(module, LoRALinear):
+            module.start(generator)
+        elif next(module.buffers(recurse=False), None) is not None:
+            thinker._init_weights(module)  # computed instead of loaded: rotary frequencies, the audio's positions
+    try:
+        read_weights({key: p for key, p in thinker.named_parameters() if ".lora_" not in key}, fetch(name))
+    except (OSError, SafetensorError) as error:
+        raise ModelError(_explain(name)) from error
 
 
 def load_tokenizer(name):
@@ -104,13 +202,8 @@ def _read(kind, name, **options):
     with rank_zero_first():
         try:
             return kind.from_pretrained(name, **options)
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, ValueError) as error:
             raise ModelError(_explain(name)) from error
-
-
-def source_folder(name):
-    """The folder of a model's files: `name` itself, or where the hub's files were put."""
-    return Path(name) if Path(name).is_dir() else Path(cached_file(name, "config.json")).parent
 
 
 def _explain(name):

@@ -148,13 +148,12 @@ def format_protocol(protocol):
 
 def format_filter(records, rule):
     """What the difficulty filter leaves, by problem type."""
-    verdicts = Counter((r["problem_type"], keep(r, rule)) for r in records)
+    verdicts = Counter((kind, keep(r, rule)) for r in records for kind in (r["problem_type"], "all"))
     names = ("kept", "too easy", "too hard", "unknown")
     lines = [f"{'problem type':<18}" + "".join(f"{name:>10}" for name in names)]
     lines += [f"{kind:<18}" + "".join(f"{verdicts[kind, name]:>10}" for name in names)
-              for kind in sorted({r["problem_type"] for r in records})]
-    totals = [sum(count for (_, verdict), count in verdicts.items() if verdict == name) for name in names]
-    return "\n".join([*lines, f"{'all':<18}" + "".join(f"{total:>10}" for total in totals)])
+              for kind in (*sorted({r["problem_type"] for r in records}), "all")]
+    return "\n".join(lines)
 
 
 def format_comparison(names, results, records):

@@ -3,20 +3,22 @@
 import functools
 import os
 import sys
-import time
 import traceback
 from dataclasses import dataclass
 
 import torch
 
-from hov2 import distributed
+from hov2 import distributed, guard
+from hov2.checkpoint import CheckpointError
 from hov2.config import BaseConfig, ConfigError, config_from_argv, save_config
 from hov2.data import DataError, make_inputs
+from hov2.distributed import say
 from hov2.judge import Judge, JudgeError
 from hov2.model import Encoder, ModelError, Policy, load_policy, load_tokenizer
 from hov2.prompts import PromptsError, load_prompts
 
-USER_ERRORS = (ConfigError, DataError, JudgeError, ModelError, PromptsError)  # each says by itself what would be right
+# each says by itself what would be right
+USER_ERRORS = (CheckpointError, ConfigError, DataError, JudgeError, ModelError, PromptsError)
 
 
 @dataclass
@@ -38,6 +40,7 @@ def start(config, device, trained=True):
     `device` is from `distributed.setup`; `trained` as for `load_policy`. Raises the parts' own
     errors: ModelError, JudgeError, PromptsError.
     """
+    guard.watch(config.hang_minutes)
     prompts = load_prompts(config.prompts)
     judge = None
     if config.judge is not None:
@@ -55,25 +58,20 @@ def start(config, device, trained=True):
 
 
 def command(main, config_class, default):
-    """Runs `main(config)` with the config that the command line names; a user's error ends it with one line, code 1."""
+    """Runs `main(config)` with the config that the command line names; a user's error ends it with one line, code 1.
+
+    Of ranks that fail, the first says why. The others end within seconds, wherever they are.
+    """
     try:
         main(config_from_argv(config_class, sys.argv[1:], default))
         return
-    except USER_ERRORS as error:
-        if distributed.rank() != 0:
-            time.sleep(3)  # rank 0 most likely says the same; torchrun ends this process before it repeats it
-        print(f"error: {error}", file=sys.stderr)
-    except Exception:  # noqa: BLE001, it is shown whole, and the process ends
-        traceback.print_exc()
+    except Exception as error:  # noqa: BLE001, it is shown, and the process ends
+        text = f"error: {error}\n" if isinstance(error, (*USER_ERRORS, FloatingPointError)) else traceback.format_exc()
+        if guard.first_to_fail(error):
+            sys.stderr.write(text)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)  # without waiting for requests to the judge that are still in flight: the other ranks wait for this one
-
-
-def say(text):
-    """Prints on rank 0; nothing for an empty text."""
-    if text and distributed.rank() == 0:
-        print(text, flush=True)
 
 
 def report_replaced(loader, step):

@@ -46,6 +46,7 @@ ROOT = Path("runs/toy")  # the configs in configs/toy name the same places
 WORLD = ROOT / "world"
 CONFIGS = Path("configs/toy")
 SCRIPTS = {"stage1": "train_sft.py", "stage2": "train_grpo.py", "stage3": "train_grpo.py"}
+FILTERED = {"stage2": ROOT / "filter_stage2/kept.jsonl", "stage3": ROOT / "filter_stage3/kept.jsonl"}
 PROCESSES = 2
 QUICK_WORLD = {"train_clips": 128, "rl_clips": 32, "eval_clips": 32}
 QUICK_STEPS = {"stage1": 60, "stage2": 4, "stage3": 3}
@@ -471,10 +472,12 @@ class _JudgeHandler(BaseHTTPRequestHandler):
 def prepare(config):
     """What the three scripts call first: if `config` reads the toy's data, makes what isn't there yet.
 
-    That is the world, the judge (in this process), and the model of an earlier stage, by running that stage.
+    That is the world, the judge (in this process), and the model of an earlier stage or the questions that the
+    difficulty filter left, by running that stage or that filter.
     """
     benchmark = getattr(config, "benchmark_root", None)
-    if not any(Path(source.path).parent == WORLD for source in config.data) and Path(benchmark or "").parent != WORLD:
+    read = [Path(source.path) for source in config.data] + [Path(benchmark or "")]
+    if not any(path.is_relative_to(ROOT) for path in read):
         return
     if not (WORLD / "world.json").exists():
         print(f"the toy's world is not there: building it in {WORLD}", flush=True)
@@ -484,10 +487,12 @@ def prepare(config):
     if config.judge is not None and not _answers(config.judge.url):
         RuleJudge(urlsplit(config.judge.url).port).start()
         print(f"rule-based toy judge at {config.judge.url}", flush=True)
-    for stage, script in SCRIPTS.items():
-        if Path(config.model) == ROOT / stage / "model" and not Path(config.model).exists():
-            print(f"{config.model} is not there: running {stage} first", flush=True)
-            run_script(script, stage)
+    makers = {ROOT / stage / "model": (script, stage) for stage, script in SCRIPTS.items()}
+    makers |= {path: ("evaluate.py", f"filter_{stage}") for stage, path in FILTERED.items()}
+    for path, (script, name) in makers.items():
+        if path in (Path(config.model), *read) and not path.exists():
+            print(f"{path} is not there: running {name} first", flush=True)
+            run_script(script, name)
 
 
 def _answers(url):
@@ -522,17 +527,21 @@ def main():
     summary = {"seed": args.seed, "quick": args.quick, "judge_rewards": not args.no_judge_rewards,
                "stages": {stage: scores_of(by_file["eval"]) for stage, by_file in predictions.items()},
                "swap": {sense: swap_scores(predictions["stage3"], sense) for sense in SENSES},
+               "questions_left": {stage: len(path.read_text().splitlines()) for stage, path in FILTERED.items()},
                "seconds": round(time.monotonic() - started, 1)}
     (ROOT / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(format_summary(summary))
 
 
 def run_stage(stage, args, judge_url):
-    """Trains a stage and evaluates its model, after the last stage on the swapped clips too; returns predictions."""
+    """Filters, trains and evaluates, after the last stage on the swapped clips too; returns the predictions."""
     common = [f"seed={args.seed}"] + ([f"judge.url={judge_url}"] if stage != "stage1" else [])
     overrides = [f"max_steps={QUICK_STEPS[stage]}"] if args.quick else []
     if stage == "stage2" and args.no_judge_rewards:
         overrides += ["reward_weights.context=0", "reward_weights.logic=0"]
+    if stage in FILTERED:
+        print(f"\n=== {stage}: the difficulty filter ===", flush=True)
+        run_script("evaluate.py", f"filter_{stage}", *common)
     print(f"\n=== {stage}: {SCRIPTS[stage]} ===", flush=True)
     run_script(SCRIPTS[stage], stage, *common, *overrides)
     names = ["eval"] + ([f"swapped_{sense}" for sense in SENSES] if stage == "stage3" else [])
@@ -587,6 +596,8 @@ def format_summary(summary):
     for sense, row in summary["swap"].items():
         lines.append(f"with the {sense} of a clip of the other kind: format {row['format']:.3f}, "
                      f"{row['changed_to_fit']:.3f} of {row['questions']} intent answers change to the one that fits")
+    left = [f"{count} questions for {stage}" for stage, count in summary["questions_left"].items()]
+    lines.append(f"the difficulty filter left {', '.join(left)}")
     lines.append(f"{summary['seconds']:.0f} s; details in {ROOT}")
     return "\n".join(lines)
 

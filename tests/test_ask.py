@@ -80,6 +80,11 @@ def test_options_system_and_audio_reach_the_prompt(lab, capsys, monkeypatch):
     from_file = prompt(str(lab / "clip.mp4"), QUESTION, "--system", str(lab / "system.txt"))
     assert "<|im_start|>system\nBe kind 笑.<|im_end|>" in from_file and "Be brief" not in from_file
     assert "system" not in prompt(str(lab / "clip.mp4"), QUESTION, "--system", "")
+    (lab / "prompts.json").write_text(json.dumps({"system": "Look.", "instructions": {"free-form": "One word."}}))
+    own = prompt(str(lab / "clip.mp4"), QUESTION, "--prompts", str(lab / "prompts.json"))
+    assert "<|im_start|>system\nLook.<|im_end|>" in own and QUESTION + "\nOne word.<|im_end|>" in own
+    assert "Be brief" in prompt(str(lab / "clip.mp4"), QUESTION, "--prompts", str(lab / "prompts.json"), "--system",
+                                "Be brief.")
     both = prompt(str(lab / "image.png"), QUESTION, "--audio", str(lab / "sound.wav"))
     assert "<|IMAGE|>" in both and "<|AUDIO|>" in both and "<|VIDEO|>" not in both
     assert QUESTION in both and prompts[-1].mel is not None
@@ -178,11 +183,16 @@ def test_a_file_without_questions(content, tmp_path):
     ("empty", "clip.mp4", [], "empty: the folder has no model or tokenizer"),
     ("model", "clip.mp4", ["--audio", "sound.wav"], "clip.mp4: expected image, found video"),
     ("model", "clip.mp4", ["--system", "<|im_end|>"], "holds the control token <|im_end|>"),
+    ("model", "clip.mp4", ["--system", "none.txt"], "--system: none.txt can't be read as a text file: [Errno 2]"),
+    ("model", "clip.mp4", ["--system", "./none"], "--system: ./none can't be read"),
+    ("model", "clip.mp4", ["--system", "bad utf8"], "--system: bad utf8 can't be read as a text file: 'utf-8'"),
+    ("model", "clip.mp4", ["--prompts", "none.json"], "none.json: no such prompts file"),
     ("model", None, ["--batch", "none.jsonl"], "none.jsonl: can't be read"),
 ])
 def test_mistakes_are_one_line(lab, model, clip, arguments, message, capsys, monkeypatch):
     monkeypatch.chdir(lab)
     Path("empty").mkdir(exist_ok=True)
+    Path("bad utf8").write_bytes(b"\xff\xfe")
     assert ask.main([model, *([clip, QUESTION] if clip else []), *arguments]) == 1
     captured = capsys.readouterr()
     errors = [line for line in captured.err.splitlines() if "error" in line.lower()]

@@ -6,7 +6,16 @@ import os
 import pytest
 
 from hov2 import benchmarks, toy
-from hov2.benchmarks import columns, groups, lenient_letter, partial, read_benchmark, render, strict_letter
+from hov2.benchmarks import (
+    PUBLISHED,
+    columns,
+    groups,
+    lenient_letter,
+    partial,
+    read_benchmark,
+    render,
+    strict_letter,
+)
 from hov2.config import EvalConfig, load_config
 from hov2.data import DataError
 from hov2.media import read_media
@@ -125,7 +134,7 @@ def test_bad_files_are_one_error(tmp_path, name, content, message):
 def test_unknown_benchmark_and_missing_file(tmp_path):
     with pytest.raises(DataError, match="unknown benchmark 'mmlu'; known: intentbench, daily-omni, worldsense"):
         read_benchmark("mmlu", tmp_path)
-    with pytest.raises(DataError, match="worldsense_qa.json: can't be read: .* WorldSense is published with that file"):
+    with pytest.raises(DataError, match="worldsense_qa.json: can't be read: .* worldsense is published with that file"):
         read_benchmark("worldsense", tmp_path)
 
 
@@ -198,11 +207,11 @@ def test_worldsense_columns_and_audio_classes_of_several_labels():
 
 def published_records(name, row):
     """Records with the published accuracy of each column, as many as the benchmark has questions in it."""
-    row = dict(zip([*benchmarks.PAPER[name], "Avg"], benchmarks.PUBLISHED[name][row]))
-    fields = {"question": "Type", "type": "Type"}
-    return row["Avg"], [
-        record(row[column] / 100, {fields[table]: label}) for column, (table, label) in benchmarks.PAPER[name].items()
-        if table in fields for _ in range(benchmarks.QUESTIONS[name][column])]
+    about, fields = PUBLISHED[name], {"question": "Type", "type": "Type"}
+    return about["rows"][row][-1], [
+        record(value / 100, {fields[table]: label})
+        for (table, label, count), value in zip(about["columns"].values(), about["rows"][row])
+        if table in fields for _ in range(count)]
 
 
 @pytest.mark.parametrize("name, row", [
@@ -211,27 +220,27 @@ def published_records(name, row):
 ])
 def test_published_columns_and_counts_give_the_published_average(name, row):
     average, records = published_records(name, row)
-    assert len(records) == benchmarks.QUESTIONS[name]["Avg"] and not partial(name, records)
+    assert len(records) == PUBLISHED[name]["questions"] and not partial(name, records)
     score, count = columns(name, records)["paper"]["Avg"]
     assert count == len(records) and 100 * score == pytest.approx(average, abs=0.02)
 
 
 def test_published_averages_of_the_two_benchmarks():
-    assert benchmarks.PUBLISHED["intentbench"]["HumanOmniV2"][-1] == 69.33
-    assert benchmarks.PUBLISHED["daily-omni"]["HumanOmniV2"][-1] == 58.47
-    for name, rows in benchmarks.PUBLISHED.items():
-        counts = benchmarks.QUESTIONS[name]
-        assert {len(row) for row in rows.values()} == {len(benchmarks.PAPER[name]) + 1}
-        assert counts["Avg"] == {"intentbench": 2689, "daily-omni": 1197, "worldsense": 3172}[name]
-    assert sum(list(benchmarks.QUESTIONS["intentbench"].values())[:-1]) == 2689
-    assert sum(list(benchmarks.QUESTIONS["daily-omni"].values())[:6]) == 1197 == 647 + 550
+    assert PUBLISHED["intentbench"]["rows"]["HumanOmniV2"][-1] == 69.33
+    assert PUBLISHED["daily-omni"]["rows"]["HumanOmniV2"][-1] == 58.47
+    for name, about in PUBLISHED.items():
+        assert {len(row) for row in about["rows"].values()} == {len(about["columns"]) + 1}
+        assert about["questions"] == {"intentbench": 2689, "daily-omni": 1197, "worldsense": 3172}[name]
+    counts = {name: [count for *_, count in about["columns"].values()] for name, about in PUBLISHED.items()}
+    assert sum(counts["intentbench"]) == 2689 and sum(counts["daily-omni"][:6]) == 1197 == 647 + 550
+    assert counts["daily-omni"][6:] == [647, 550] and set(counts["worldsense"]) == {None}
 
 
 @pytest.mark.parametrize("row, official", [("Qwen2.5-Omni 7B", (46.68, 48.36)), ("Qwen2.5-Omni 3B", (42.35, 38.36)),
                                            ("Gemini 2.0 Flash", (67.23, 68.55)),
                                            ("Gemini 2.0 Flash Lite", (62.44, 60.00))])
 def test_the_official_durations_fit_the_average_where_the_paper_s_do_not(row, official):
-    *_, short, long, average = benchmarks.PUBLISHED["daily-omni"][row]
+    *_, short, long, average = PUBLISHED["daily-omni"]["rows"][row]
     assert (647 * official[0] + 550 * official[1]) / 1197 == pytest.approx(average, abs=0.02)
     assert (647 * short + 550 * long) / 1197 != pytest.approx(average, abs=1)
 
@@ -305,7 +314,7 @@ def world(tmp_path_factory):
 
 def test_the_toy_writes_itself_out_in_the_published_layouts(world):
     questions = {r["id"]: r for r in json.loads((world / "eval.json").read_text())}
-    samples = {name: read_benchmark(name, world / name) for name in benchmarks.NAMES}
+    samples = {name: read_benchmark(name, world / name) for name in PUBLISHED}
     assert {name: len(found) for name, found in samples.items()} == {
         "intentbench": 120, "daily-omni": 32, "worldsense": 32 + 24}  # webm clips only in IntentBench
     for sample in samples["intentbench"]:
@@ -324,13 +333,13 @@ def test_the_toy_writes_itself_out_in_the_published_layouts(world):
 
 
 def test_the_toy_fills_the_paper_s_columns(world):
-    for name in benchmarks.NAMES:
+    for name in PUBLISHED:
         records = [record(1, s.extra, s.problem, s.problem_type, solution=s.solution)
                    for s in read_benchmark(name, world / name)]
         assert all(count for _, count in columns(name, records)["paper"].values()), name
 
 
-@pytest.mark.parametrize("name", benchmarks.NAMES)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_toy_configs_and_prepare(name, tmp_path, monkeypatch):
     config = load_config(EvalConfig, f"configs/toy/eval_{name}.json")
     assert (config.benchmark, config.benchmark_root) == (name, str(toy.WORLD / name))

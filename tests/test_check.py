@@ -117,9 +117,11 @@ def test_without_a_tokenizer(tmp_path, clips, capsys):
     (tmp_path / "empty").mkdir()
     records = [record(clips / "sound.mp4", problem="Why? " * 900), record(clips / "broken.mp4")]
     path = config(tmp_path, "sft", records, model=str(tmp_path / "empty"), max_prompt_length=2000)
-    code, text, rows = run(capsys, path)
-    assert code == 1 and rows["sft_data.json"] == row(2, unreadable=1, too_long="-")
-    assert f"{path}: no tokenizer, so prompt lengths are left out: {tmp_path}/empty: the folder has no model" in text
+    with pytest.raises(SystemExit) as stop:
+        check.main([path])
+    assert stop.value.code == 2 and "empty: the folder has no model or tokenizer" in capsys.readouterr().err
+    assert run(capsys, path, "max_prompt_length=null")[2]["sft_data.json"] == row(2, unreadable=1)
+    assert run(capsys, path, "--media", "probe")[2]["sft_data.json"] == row(2, unreadable=1, too_long="-", damaged="-")
 
 
 def test_the_tokenizer_of_a_model_to_be_made(tmp_path, clips, capsys):
@@ -127,6 +129,19 @@ def test_the_tokenizer_of_a_model_to_be_made(tmp_path, clips, capsys):
     first = config(tmp_path, "one", records, model=str(clips / "model"))
     second = config(tmp_path, "two", records, model=str(tmp_path / "one/model"), max_prompt_length=2000)
     assert run(capsys, first, second)[2]["two_data.json"] == row(1, too_long=1)
+
+
+def test_data_that_another_config_will_make(tmp_path, clips, capsys):
+    kept = str(tmp_path / "kept.jsonl")
+    sieve = config(tmp_path, "sieve", [record(clips / "sound.mp4")], samples_per_step=None, num_samples=2,
+                   temperature=1.0, filter={"output": kept})
+    train = config(tmp_path, "train", [], data=[{"path": kept}])
+    code, text, rows = run(capsys, sieve, train)
+    assert code == 0 and f"{train}: {kept}: made by {sieve}: not there yet" in text and list(rows) == ["sieve_data.json"]
+    code, text, _ = run(capsys, train)
+    assert code == 1 and "kept.jsonl: can't be read" in text  # nobody makes it
+    Path(kept).write_text(json.dumps(record(clips / "silent.mp4")))
+    assert run(capsys, sieve, train)[2]["kept.jsonl"] == row(1)
 
 
 def test_bad_records_inside_and_outside_the_slice(tmp_path, clips, capsys):
@@ -146,8 +161,9 @@ def test_bad_records_inside_and_outside_the_slice(tmp_path, clips, capsys):
 
 
 def shares(text):
-    return {(Path(one).stem, Path(other).stem): (int(names), contents) for one, other, names, contents in re.findall(
-        r"^(\S+) and (\S+) share clips: (\d+) by name, (\d+|-) by content$", text, re.MULTILINE)}
+    return {(Path(one).stem, Path(other).stem): (int(names), contents or None)
+            for one, other, names, contents in re.findall(
+                r"^(\S+) and (\S+) share clips\n  (\d+) by name:.*\n(?:  (\d+) by content:)?", text, re.MULTILINE)}
 
 
 def test_clips_shared_by_name_and_by_content(tmp_path, clips, capsys):
@@ -163,9 +179,9 @@ def test_clips_shared_by_name_and_by_content(tmp_path, clips, capsys):
                    max_new_tokens=8)
     code, text, rows = run(capsys, one, two, bench)
     assert shares(text) == {("one", "two"): (1, "1"), ("one", "bench"): (1, "1"), ("two", "bench"): (1, "0")}
-    assert f"by content: {tmp_path}/train/a.mp4" in text and code == 0
+    assert f"1 by content: {tmp_path}/train/a.mp4\n" in text and code == 0
     assert [rows[f"{name}_data.json"]["no 3 blocks"] for name in ("one", "two", "bench")] == ["0", "0", "-"]
-    assert shares(run(capsys, one, two, bench, "--media", "none")[1])["one", "bench"] == (1, "-")
+    assert shares(run(capsys, one, two, bench, "--media", "none")[1])["one", "bench"] == (1, None)
     assert "share clips" not in run(capsys, one)[1]
 
 
@@ -185,7 +201,7 @@ def test_held_out_questions_and_benchmarks(tmp_path, clips, capsys):
     assert code == 1 and rows["held.json"] == row(1, no_3_blocks="-")
     assert rows["daily-omni"] == row(2, missing=1, no_3_blocks="-")
     assert f"{train} (held out)\n" in text and "v2_video.mp4: no such file" in text
-    assert f"{train} and {bench} share clips: 0 by name, 1 by content" in text
+    assert f"{train} and {bench} share clips\n  0 by name: \n  1 by content: {clips}/sound.mp4" in text
 
 
 # ---- the command ----

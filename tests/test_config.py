@@ -42,9 +42,9 @@ def test_defaults_and_nested_objects(write):
 
 def test_overrides(write):
     overrides = ["max_steps=4", "media.max_frames=16", "judge.url=http://localhost:8", "loss_type=dr_grpo",
-                 "resume=true", "reward_weights={\"accuracy\": 2}", "max_prompt_length=null", "output_dir=a=b"]
+                 "resume=auto", "reward_weights={\"accuracy\": 2}", "max_prompt_length=null", "output_dir=a=b"]
     config = load_config(GRPOConfig, write(MINIMAL), overrides)
-    assert (config.max_steps, config.media.max_frames, config.loss_type, config.resume) == (4, 16, "dr_grpo", True)
+    assert (config.max_steps, config.media.max_frames, config.loss_type, config.resume) == (4, 16, "dr_grpo", "auto")
     assert config.judge.url == "http://localhost:8" and config.reward_weights == {"accuracy": 2.0}
     assert config.max_prompt_length is None and config.output_dir == "a=b"
 
@@ -61,7 +61,10 @@ def test_overrides(write):
     ({"max_steps": True}, "max_steps: expected int, got True"),
     ({"beta": True}, "beta: expected a number, got True"),
     ({"seed": None}, "seed: expected int, got None"),
-    ({"resume": 1}, "resume: expected bool, got 1"),
+    ({"gradient_checkpointing": 1}, "gradient_checkpointing: expected bool, got 1"),
+    ({"resume": True}, "resume: True is not one of 'auto', 'never'"),
+    ({"keep_last": -1}, "save_steps, keep_last, keep_every: at least 0"),
+    ({"keep_every": 100}, "keep_every: needs keep_last"),
     ({"loss_type": "tokens"}, "loss_type: 'tokens' is not one of 'token', 'grpo', 'dr_grpo', 'bnpo'"),
     ({"report_to": ["mlflow"]}, "report_to[0]: 'mlflow' is not one of 'tensorboard', 'wandb'"),
     ({"reward_weights": {"format": "1"}}, "reward_weights.format: expected a number, got '1'"),

@@ -18,7 +18,7 @@ from helpers import synth_clip, tiny_thinker, tiny_tokenizer
 from modelkit import policy_of
 
 import evaluate
-from hov2 import evaluation
+from hov2 import evaluation, toy
 from hov2.config import ConfigError, EvalConfig, FilterConfig, MediaConfig, Source, load_config
 from hov2.data import DataError, Sample, make_inputs, read_samples
 from hov2.evaluation import Evaluator, Journal, longest_first
@@ -320,9 +320,17 @@ def wait_for_answers(folder, running):
 
 
 @pytest.mark.slow
-def test_five_kills_of_the_script_on_two_processes(world, config_file):
-    whole, cut = world / "whole", world / "cut"
-    settings = (config_file, "max_new_tokens=48", "batch_size=1")
+def test_five_kills_of_the_toy_s_evaluation_on_two_processes(tmp_path):
+    toy.build_world(tmp_path / "world", train_clips=8, rl_clips=8, eval_clips=16, sft_samples=200)
+    with toy.RuleJudge() as judge:
+        five_kills(tmp_path, judge.url)
+
+
+def five_kills(folder, judge_url):
+    whole, cut = folder / "whole", folder / "cut"
+    settings = ("configs/toy/eval.json", f"model={folder / 'world/model'}", "batch_size=1", f"judge.url={judge_url}",
+                f"prompts={Path('configs/toy/prompts.json').resolve()}", "temperature=1", "num_samples=2",
+                'data=[{"path": "%s"}]' % (folder / "world/eval.json"))
     assert [p.wait(200) for p in start_two(*settings, f"output_dir={whole}")] == [0, 0]
     rng, killed = random.Random(), 0
     for number in range(5):

@@ -9,7 +9,7 @@ import pytest
 from helpers import synth_clip
 
 from hov2 import formats
-from hov2.config import GRPOConfig, SFTConfig, Source, load_config
+from hov2.config import EvalConfig, GRPOConfig, SFTConfig, Source, load_config
 from hov2.data import DataError, read_samples
 from hov2.media import read_media
 
@@ -102,9 +102,12 @@ def test_humanomniv2_with_video_alone_or_two_files(tmp_path):
 
 
 def test_stages_share_no_sample(tmp_path):
-    """The shipped configs' slices of files with odd counts; and every count up to 40."""
-    stages = [load_config(kind, CONFIGS / name) for kind, name in ((SFTConfig, "stage1.json"),
-                                                                   (GRPOConfig, "stage2.json"))]
+    """The shipped configs' slices of files with odd counts; and every count up to 40. Stage 2 takes what its difficulty
+    filter leaves of the filter's own slices."""
+    filtered = load_config(EvalConfig, CONFIGS / "filter_stage2.json")
+    stages = [load_config(SFTConfig, CONFIGS / "stage1.json"), filtered]
+    stage2 = load_config(GRPOConfig, CONFIGS / "stage2.json")
+    assert [source.path for source in stage2.data] == [filtered.filter.output]
     assert all(source.format == "humanomniv2" for stage in stages for source in stage.data)
     folder = intent_train(tmp_path, (7, 13, 19))
     ids = []

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"config", "prompts", "media", "spans", "rewards", "grpo", "logps", "distributed", "optim", "report", "results",
      "formats"},
+    {"guard", "weights"},
     {"model", "log"},
     {"prefix", "plan", "judge", "checkpoint", "data"},
     {"rollout", "scoring", "setup", "benchmarks"},

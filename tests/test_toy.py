@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hov2 import toy
-from hov2.config import GRPOConfig, JudgeConfig, MediaConfig, SFTConfig, Source, load_config
+from hov2.config import EvalConfig, GRPOConfig, JudgeConfig, MediaConfig, SFTConfig, Source, load_config
 from hov2.data import make_inputs, read_samples
 from hov2.judge import AccuracyJudge, Judge
 from hov2.media import read_media
@@ -152,5 +152,9 @@ def test_prepare_leaves_other_configs_alone(tmp_path, monkeypatch):
 def test_configs_and_code_name_the_same_places():
     for stage, cls in (("stage1", SFTConfig), ("stage2", GRPOConfig), ("stage3", GRPOConfig)):
         config = load_config(cls, f"configs/toy/{stage}.json")
-        assert config.output_dir == str(toy.ROOT / stage) and config.data[0].path.startswith(str(toy.WORLD))
+        data = toy.FILTERED.get(stage, toy.WORLD / "train_sft.json")
+        assert config.output_dir == str(toy.ROOT / stage) and [source.path for source in config.data] == [str(data)]
+    for stage, path in toy.FILTERED.items():
+        config = load_config(EvalConfig, f"configs/toy/filter_{stage}.json")
+        assert config.filter.output == str(path) and config.data[0].path == str(toy.WORLD / "train_rl.json")
     assert json.loads((toy.CONFIGS / "eval.json").read_text())["model"] == str(toy.ROOT / "stage3" / "model")

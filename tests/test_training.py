@@ -36,8 +36,9 @@ def lab(tmp_path_factory):
                   "media": base["media"], "max_new_tokens": 6, "batch_size": 3}
     (lab / "eval.json").write_text(json.dumps(evaluation))
     launch(lab, 1, single_process_runs(lab))
-    launch(lab, 2, [run(lab, "eval", "eval-2"), run(lab, "sft", "sft-2"),
-                    *(run(lab, "grpo", f"{kind}-2", f"loss_type={kind}") for kind in LOSSES)])
+    killed_after_two_steps(lab, "token-1", "1-to-2")
+    launch(lab, 2, [run(lab, "eval", "eval-2"), run(lab, "sft", "sft-2"), run(lab, "grpo", "1-to-2", "resume=auto"),
+                    *(run(lab, "grpo", f"{kind}-2", f"loss_type={kind}", "save_steps=1") for kind in LOSSES)])
     return lab
 
 
@@ -140,18 +141,44 @@ def test_frozen_towers_stay_as_they_were(lab):
     assert any((before[key] != after[key]).any() for key in before)
 
 
-def test_resumed_run_equals_uninterrupted_one(lab):
-    shutil.copytree(lab / "token-1", lab / "resumed")
-    for step in (2, 3):
-        shutil.rmtree(lab / "resumed" / f"checkpoint-{step}")  # as if it had been killed after step 1
-    shutil.rmtree(lab / "resumed" / "model")
-    out = launch(lab, 1, [run(lab, "grpo", "resumed", "save_steps=1", "resume=true")])
-    assert f"resumed from {lab / 'resumed' / 'checkpoint-1'}" in out
+def killed_after_two_steps(lab, name, copy):
+    """A copy of a run as if it had been killed after two steps; what it saved after the second can't be used."""
+    shutil.copytree(lab / name, lab / copy)
+    for folder in ("checkpoint-3", "model"):
+        shutil.rmtree(lab / copy / folder)
+    data = lab / copy / "checkpoint-2" / "__0_0.distcp"  # of two ranks, the second looks at this file
+    data.write_bytes(data.read_bytes()[:-1] + b"?")
+
+
+@pytest.fixture(scope="module")
+def resumed(lab):
+    """Runs that go on from their first step, on one process; what was printed."""
+    killed_after_two_steps(lab, "token-1", "resumed")
+    killed_after_two_steps(lab, "token-2", "2-to-1")
+    return launch(lab, 1, [run(lab, "grpo", name, "save_steps=1", "resume=auto") for name in ("resumed", "2-to-1")])
+
+
+def test_resumed_run_equals_uninterrupted_one(lab, resumed):
+    assert f"warning: {lab / 'resumed' / 'checkpoint-2'} is passed over: __0_0.distcp is not as" in resumed
+    assert f"resumed from {lab / 'resumed' / 'checkpoint-1'}" in resumed
     assert metrics(lab, "resumed") == metrics(lab, "token-1")
     a, b = (load_file(lab / name / "model" / "model.safetensors") for name in ("token-1", "resumed"))
     assert all((a[key] == b[key]).all() for key in a)
     dumps = [(lab / name / "rollouts.jsonl").read_text() for name in ("token-1", "resumed")]
     assert dumps[0] == dumps[1]
+
+
+@pytest.mark.parametrize("before, after", [("token-1", "1-to-2"), ("token-2", "2-to-1")])
+def test_resumed_on_another_number_of_processes_the_run_is_the_same(lab, resumed, before, after):
+    def sampled(name):
+        lines = [json.loads(line) for line in (lab / name / "rollouts.jsonl").read_text().splitlines()]
+        return [(line["step"], line["sample"], [c["token_ids"] for c in line["completions"]]) for line in lines]
+
+    assert_same_run(lab, before, after)
+    assert (lab / after / "earlier-1" / "checkpoint-2").exists()
+    assert sampled(before) == sampled(after) and len(sampled(after)) == STEPS * 4
+    for x, y in zip(metrics(lab, before), metrics(lab, after)):
+        assert abs(x["loss"] - y["loss"]) < 1e-5
 
 
 def test_dump_holds_every_token_with_its_credit(lab):
@@ -222,7 +249,7 @@ def test_held_out_questions_are_asked_on_time_and_the_best_kept(lab):
     (["num_generation=4"], "unknown key 'num_generation'; did you mean 'num_generations'?"),
     (["judge.url=http://127.0.0.1:9/v1", "judge.max_retries=0"], "no judge at http://127.0.0.1:9/v1"),
     (["model=nowhere/at/all"], "nowhere/at/all: no such folder"),
-    (['data=[{"path": "nowhere.jsonl"}]'], "nowhere.jsonl: can't be read"),
+    (['data=[{"path": "nowhere.jsonl"}]'], "nowhere.jsonl: no such data file"),
 ])
 def test_bad_input_ends_a_script_with_one_clear_line(lab, overrides, message):
     if "judge" not in message:

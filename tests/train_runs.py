@@ -46,10 +46,14 @@ class HashScorer:
         return ""
 
 
+def stand_in_judge(config, prompts):
+    """A judge that is never asked."""
+    return SimpleNamespace(check=lambda: None, config=config)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    train_grpo.Scorer = HashScorer
-    setup.Judge = lambda config, prompts: SimpleNamespace(check=lambda: None, config=config)
+    train_grpo.Scorer, setup.Judge = HashScorer, stand_in_judge
     device = distributed.setup()  # once: a process can't reliably join a torchrun group twice
     distributed.setup, distributed.cleanup = lambda: device, lambda: None
     for script, config, overrides in json.loads(Path(sys.argv[1]).read_text()):

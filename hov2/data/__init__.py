@@ -146,6 +146,9 @@ def _records(path):
             records = json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}: not valid JSON: {error}") from None
+    except FileNotFoundError:
+        hint = " (evaluate.py configs/filter_stageN.json writes it)" if "filter" in str(path) else ""
+        raise DataError(f"{path}: no such data file{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: can't be read: {error}") from None
     if str(path).endswith(".jsonl"):
