@@ -31,6 +31,7 @@ from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from hov2.distributed import say
 from hov2.rewards import block_text, set_f1
 
 FAULTS = ("timeout", "refused", "reset", "connection", "broken_off", "http_429", "http_5xx", "http_other",
@@ -128,10 +129,10 @@ class _Server:
         with self._lock:
             before, self.failures, self.last = self.failures, self.failures + 1 if fault else 0, fault
             if self.failures == limit:
-                announce(f"judge {self.shown}: {limit} failures in a row, the last: {fault}; left alone, but for one "
+                say(f"judge {self.shown}: {limit} failures in a row, the last: {fault}; left alone, but for one "
                          f"try in {self.config.breaker_seconds:g} s")
             elif not fault and before >= limit:
-                announce(f"judge {self.shown}: answers again")
+                say(f"judge {self.shown}: answers again")
 
     def post(self, body):
         """The text of the chat completion that `body` asks for, else _Fault. `config.timeout` counts for all of it."""
@@ -318,12 +319,6 @@ def _authorization(api_key_env):
     if not key.isascii() or not key.isprintable():
         raise JudgeError(f"judge.api_key_env: {api_key_env} holds characters that no HTTP header can carry")
     return {"Authorization": f"Bearer {key}"}
-
-
-def announce(text):
-    """Prints a line, once a node: its network is what may fail alone."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(text, flush=True)
 
 
 _FAILURES = {  # of a connection: _Fault's arguments, in words of ours, since an exception's may repeat the request

@@ -9,8 +9,9 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
-from hov2.distributed import gather_objects, rank, world_size
-from hov2.judge import FAULTS, AccuracyJudge, JudgeError, announce
+from hov2.distributed import gather_objects, rank, say, world_size
+from hov2.guard import beat
+from hov2.judge import FAULTS, AccuracyJudge, JudgeError
 from hov2.rewards import accuracy_reward, format_reward
 
 HEARTBEAT = 5.0  # seconds between two signs of life of ranks that wait
@@ -45,13 +46,10 @@ class Pending:
 
 
 class Scorer:
-    """Scores completions. Without a judge, free-form answers and emotion words are scored by rule.
+    """Scores completions. Without a judge, free-form answers and emotion words are scored by rule."""
 
-    `beat(phase)` is called every few seconds while `settle` waits: a sign of life for whoever watches this process.
-    """
-
-    def __init__(self, judge=None, format_rule="strict", evaluation=False, beat=lambda phase: None):
-        self.judge, self.format_rule, self.evaluation, self.beat = judge, format_rule, evaluation, beat
+    def __init__(self, judge=None, format_rule="strict", evaluation=False):
+        self.judge, self.format_rule, self.evaluation = judge, format_rule, evaluation
         # scores wait for the judge, so they have threads of their own
         self._pool = ThreadPoolExecutor(judge.config.concurrency if judge else 1, thread_name_prefix="score")
         self._window = deque(maxlen=judge.config.missing_window if judge else 1)  # of a step: why each is missing
@@ -111,22 +109,22 @@ class Scorer:
         return f"no judge: {free} free-form answers are scored by their overlap (ROUGE-L)"
 
     def _wait(self, futures, gather):
-        """Waits for the futures of all ranks. Every few seconds these show each other that they are there, so that the
-        process group's timeout, which is for ranks that are lost, doesn't end a wait that is meant."""
+        """Waits for the futures of all ranks. Every few seconds these show each other that they are there: the process
+        group's timeout and the watch are for ranks that are lost, not for a wait that is meant."""
         while any(gather(bool(wait(futures, HEARTBEAT).not_done))):
-            self.beat("judge")
+            beat("judge")
 
     def _wait_for_judge(self, asks, gather, why):
         """Returns once the judge answers the rank that `asks`."""
-        announce(f"waiting for the judge: {why}")
+        say(f"waiting for the judge: {why}")
         back = False
         while not back:
             time.sleep(HEARTBEAT)
-            self.beat("judge")
+            beat("judge")
             probes = [self._pool.submit(self.judge.probe)] if asks else []
             self._wait(probes, gather)
             back = any(gather(any(probe.result().error is None for probe in probes)))
-        announce("the judge is back: asking again for what is missing")
+        say("the judge is back: asking again for what is missing")
         self.judge.forgive()
 
     def _score(self, name, text, sample):

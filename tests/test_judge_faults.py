@@ -272,11 +272,11 @@ def test_continue_leaves_out_what_is_missing(capfd):
     assert capfd.readouterr().out == ""
 
 
-def test_waiting_ends_with_every_score(capfd):
+def test_waiting_ends_with_every_score(capfd, monkeypatch):
     with judged([None] * 3 + ["outage", None], concurrency=1, max_retries=1, breaker_failures=2) as (judge, server):
         beats = []
-        scorer = Scorer(judge, beat=lambda phase: (beats.append(phase), len(beats) == 20 and server.up()))
-        assert step(scorer, 12) == [0.8] * 12
+        monkeypatch.setattr(scoring, "beat", lambda phase: (beats.append(phase), len(beats) == 20 and server.up()))
+        assert step(Scorer(judge), 12) == [0.8] * 12
         assert set(beats) == {"judge"} and judge.stats()["faults"]["breaker"] >= 1
     opened, waiting, closed, back = capfd.readouterr().out.splitlines()
     name = f"judge {server.url}"
