@@ -118,6 +118,7 @@ def main(config):
 
         # --- 5. Rewards: (groups, G) for each name, NaN where missing -------------------------------------------------
         with timer("judge"):
+            scorer.settle([score for of_group in pending for scores in of_group.values() for score in scores])
             for group, of_group in zip(groups, pending):
                 group.scores = {name: [score.result() for score in scores] for name, scores in of_group.items()}
         rewards = {name: torch.tensor([[score.number for score in group.scores[name]] for group in groups])

@@ -48,15 +48,29 @@ class MediaConfig:
 
 @dataclass
 class JudgeConfig:
-    """An OpenAI-compatible server; `url` is the base that `/chat/completions` is appended to."""
+    """OpenAI-compatible servers; `url`, or each of `urls`, is a base that `/chat/completions` is appended to."""
 
-    url: str
+    url: str | None = None
+    urls: list[str] = field(default_factory=list)  # instead of url: asked in turn, each when those before it fail
     model: str = "judge"
     api_key_env: str | None = None  # name of the environment variable that holds the key
-    timeout: float = 30.0  # seconds for one request
+    timeout: float = 30.0  # seconds for one request, from connecting to the reply's last byte
     max_retries: int = 4
     concurrency: int = 32
     cache: str | None = None  # folder of parsed scores
+    breaker_failures: int = 50  # of one URL in a row: it is then left alone ...
+    breaker_seconds: float = 30.0  # ... but for one try in so many seconds
+    max_missing: float = 0.1  # share of the scores of the last `missing_window` steps that may be missing
+    missing_window: int = 10  # steps: the same for all ranks, however many scores each of them asks for
+    on_judge_down: Literal["wait", "continue", "stop"] = "wait"  # when more than that are missing
+
+    def __post_init__(self):
+        """Refuses values that nothing can be asked with."""
+        if (self.url is None) == (not self.urls):
+            raise ConfigError("url, urls: expected one of the two")
+        for name in ("timeout", "concurrency", "breaker_failures", "missing_window"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name}: expected more than 0, got {getattr(self, name)}")
 
 
 @dataclass

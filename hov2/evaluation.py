@@ -106,6 +106,7 @@ class Evaluator:
             texts = completion_texts(completion_tokens(run.tokenizer, rollout), rollout.truncated)
             pending[i] = [(text, cut, [self.scorer.submit(name, text, samples[i]) for name in self.scores])
                           for text, cut in zip(texts, rollout.truncated.tolist())]
+        self.scorer.settle([s for of_one in pending.values() for *_, scores in of_one for s in scores], together=False)
         for i, answers in pending.items():
             records[i] = _record(samples[i], [
                 _scored(samples[i], text, cut, {n: s.result().value for n, s in zip(self.scores, scores)})

@@ -3,26 +3,39 @@
 `submit` returns a future at once and a thread pool does the asking, so that HTTP overlaps with forward passes. A score
 that could not be had (server down, reply without a score) is None, never 0. Parsed scores, and nothing else, are kept
 in a folder of small files. Only the config is honoured: no proxies, no credentials from the environment, no redirects.
+
+What can go wrong is one of FAULTS, and counted. A server that fails again and again is left alone for a while
+(`_Server`); scores are then missing at once. What a run does about missing scores is in scoring.py.
 """
 
+import functools
 import hashlib
+import itertools
 import json
 import math
 import os
 import random
 import re
+import socket
+import ssl
 import tempfile
 import threading
 import time
+from base64 import b64encode
+from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
-import requests
-
+from hov2.distributed import say
 from hov2.rewards import block_text, set_f1
 
+FAULTS = ("timeout", "refused", "reset", "connection", "broken_off", "http_429", "http_5xx", "http_other",
+          "no_completion", "no_score", "breaker")  # breaker: not even asked
 _MAX_TOKENS = 32  # of a reply: room for "The score is 4 out of 5"
 _MAX_DELAY = 30.0  # seconds between two tries, at most
 
@@ -41,12 +54,12 @@ class JudgeError(ValueError):
     """The judge can't be used; the message names its URL and what would be right."""
 
 
-class _TryAgain(Exception):
-    """A failure that another try may mend; `after` is the server's Retry-After in seconds."""
+class _Fault(Exception):
+    """A request without a score: its kind, one of FAULTS; whether another try may mend it; Retry-After in seconds."""
 
-    def __init__(self, reason, after=0.0):
+    def __init__(self, kind, reason, again=True, after=0.0):
         super().__init__(reason)
-        self.after = after
+        self.kind, self.again, self.after = kind, again, after
 
 
 @dataclass(frozen=True)
@@ -57,6 +70,7 @@ class JudgeReply:
     raw: str | None = None
     error: str | None = None
     latency: float = 0.0  # seconds from the first request to the reply, all tries included
+    faults: tuple = ()  # the _Fault of each try that failed
 
 
 def parse_score(reply, maximum=5):
@@ -78,8 +92,74 @@ def parse_score(reply, maximum=5):
     return values.pop() if scales or _NAMES_IT.search(text) or _ALONE.search(text) else None
 
 
+class _Server:
+    """One URL and its circuit breaker. Raises JudgeError for a URL that is none.
+
+    After `breaker_failures` requests in a row without a score, whoever asked, it is left alone: every `breaker_seconds`
+    one request finds out whether it is back, and no other is made. Each URL has its own breaker, so that a dead server
+    costs nothing to those beside it. Every request has a connection of its own: none is stale after a restart.
+    """
+
+    def __init__(self, url, config, headers):
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or not re.fullmatch("[!-~]+", url):
+            raise JudgeError(f"judge.url: expected a base like http://localhost:8000/v1, got {url!r}")
+        self.config, self.host = config, parts.hostname + (f":{parts.port}" if parts.port else "")
+        self.shown = f"{parts.scheme}://{self.host}{parts.path}"  # without user:password@
+        self._path, self._headers = parts.path.rstrip("/") + "/chat/completions", headers
+        user, _, place = parts.netloc.rpartition("@")
+        if user:
+            self._headers = headers | {"Authorization": f"Basic {b64encode(unquote(user).encode()).decode()}"}
+        tls = {"context": ssl.create_default_context()} if parts.scheme == "https" else {}
+        self._connect = functools.partial(HTTPSConnection if tls else HTTPConnection, place, **tls)
+        self.failures, self.last, self._rests_until, self._lock = 0, None, 0.0, threading.Lock()
+
+    def may_be_asked(self):
+        """Whether to ask it now; while the breaker is open, a yes is for one request."""
+        with self._lock:
+            now = time.monotonic()
+            if self.failures >= self.config.breaker_failures and now < self._rests_until:
+                return False
+            self._rests_until = now + self.config.breaker_seconds
+            return True
+
+    def note(self, fault=None):
+        """What came of a request; one line when the breaker opens, and one when it closes."""
+        limit = self.config.breaker_failures
+        with self._lock:
+            before, self.failures, self.last = self.failures, self.failures + 1 if fault else 0, fault
+            if self.failures == limit:
+                say(f"judge {self.shown}: {limit} failures in a row, the last: {fault}; left alone, but for one "
+                         f"try in {self.config.breaker_seconds:g} s")
+            elif not fault and before >= limit:
+                say(f"judge {self.shown}: answers again")
+
+    def post(self, body):
+        """The text of the chat completion that `body` asks for, else _Fault. `config.timeout` counts for all of it."""
+        started, fault = time.monotonic(), None
+        with closing(self._connect(timeout=self.config.timeout)) as connection:
+            try:
+                connection.connect()
+                # a socket's timeout is one for each read: a server that drips a byte a second would never meet it
+                deadline = threading.Timer(started + self.config.timeout - time.monotonic(), _cut, [connection.sock])
+                deadline.start()
+                try:
+                    connection.request("POST", self._path, body, self._headers)
+                    response = connection.getresponse()
+                    data = response.read()
+                finally:
+                    deadline.cancel()
+            except (OSError, HTTPException, UnicodeError) as failure:
+                fault = next(_Fault(*words) for kind, words in _FAILURES.items() if isinstance(failure, kind))
+        if time.monotonic() - started >= self.config.timeout:
+            raise _Fault("timeout", f"no reply within {self.config.timeout:g} s")
+        if fault:
+            raise fault
+        return _text_of(response, data)
+
+
 class Judge:
-    """A client of the server that `config` (JudgeConfig) names, asking with the words of `prompts`.
+    """A client of the servers that `config` (JudgeConfig) names, asking with the words of `prompts`.
 
     `first_delay`: seconds before the second try; it doubles from try to try, up to 30 s. Raises ValueError for a URL
     that is none, and if the environment variable of the key isn't set.
@@ -87,21 +167,18 @@ class Judge:
 
     def __init__(self, config, prompts, *, first_delay=0.5):
         self.config, self.prompts, self.first_delay = config, prompts, first_delay
-        parts = urlsplit(config.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise JudgeError(f"judge.url: expected a base like http://localhost:8000/v1, got {config.url!r}")
-        self.host = parts.hostname + (f":{parts.port}" if parts.port else "")
-        self._shown_url = f"{parts.scheme}://{self.host}{parts.path}"  # without user:password@
-        self._headers = _headers(config.api_key_env)
+        headers = {"Content-Type": "application/json", "Connection": "close"} | _authorization(config.api_key_env)
+        self._servers = [_Server(url, config, headers) for url in config.urls or [config.url]]
+        self._shown_urls = ", ".join(server.shown for server in self._servers)
         self._cache = Path(config.cache) if config.cache else None
         if self._cache:
             self._cache.mkdir(parents=True, exist_ok=True)
         self._pool = ThreadPoolExecutor(config.concurrency, thread_name_prefix="judge")
-        self._local, self._lock, self._closed = threading.local(), threading.Lock(), threading.Event()
-        self._sessions, self._replies = [], []
+        self._lock, self._closed = threading.Lock(), threading.Event()
+        self._turns, self._replies = itertools.count(), []
 
     def __repr__(self):
-        return f"Judge({self._shown_url}, {self.config.model})"
+        return f"Judge({self._shown_urls}, {self.config.model})"
 
     # ---- asking ----
 
@@ -128,30 +205,38 @@ class Judge:
         context, think = block_text(completion, "context"), block_text(completion, "think")
         return self.submit("logic", context=context, think=think) if context and think else _ready(JudgeReply(0.0))
 
+    def probe(self):
+        """The JudgeReply to one small question, whose `error` says why if there was none; open breakers don't count."""
+        return self._ask([{"role": "user", "content": "Reply with the number 5."}], parse=len, force=True)
+
     def check(self):
-        """Asks one small question; raises JudgeError if the server doesn't answer as one should."""
-        reply = self._ask([{"role": "user", "content": "Reply with the number 5."}], parse=len)
+        """Asks one small question; raises JudgeError if no server answers as one should."""
+        reply = self.probe()
         if reply.error:
             raise JudgeError(
-                f"no judge at {self._shown_url}: {reply.error}; judge.url is what /chat/completions is appended to, "
+                f"no judge at {self._shown_urls}: {reply.error}; judge.url is what /chat/completions is appended to, "
                 "such as http://localhost:8000/v1, and judge.model the model's name there"
             )
 
+    def forgive(self):
+        """Forgets the servers' failures, so that all may be asked again: the judge is known to be back."""
+        for server in self._servers:
+            server.failures = 0
+
     def stats(self):
-        """Since the last call: requests (cache hits are none), failures, failure_rate, latency (mean seconds)."""
+        """Since the last call: requests (cache hits are none), failures, failure_rate, latency (mean seconds), and
+        faults, a Counter over FAULTS of every try."""
         with self._lock:
             replies, self._replies = self._replies, []
-        failures = sum(reply.error is not None for reply in replies)
-        count = max(1, len(replies))
+        failures, count = sum(reply.error is not None for reply in replies), max(1, len(replies))
         latency = sum(reply.latency for reply in replies) / count
-        return {"requests": len(replies), "failures": failures, "failure_rate": failures / count, "latency": latency}
+        return {"requests": len(replies), "failures": failures, "failure_rate": failures / count, "latency": latency,
+                "faults": Counter(fault.kind for reply in replies for fault in reply.faults)}
 
     def close(self):
-        """Gives up what is still being asked and closes the connections."""
+        """Gives up what is still being asked."""
         self._closed.set()
         self._pool.shutdown(cancel_futures=True)
-        for session in self._sessions:
-            session.close()
 
     # ---- one score ----
 
@@ -167,67 +252,35 @@ class Judge:
             self._replies.append(reply)
         return reply
 
-    def _ask(self, messages, parse):
-        """Tries until `parse` makes a score of the reply, or the tries are used up."""
-        started, raw = time.monotonic(), None
-        jitter = random.Random(_digest(self.config.model, messages))  # the same waits in every run
-        for attempt in range(self.config.max_retries + 1):
-            try:
-                raw = self._post(messages)
-                score = parse(raw)
-                if score is not None:
-                    return JudgeReply(score, raw, None, time.monotonic() - started)
-                raise _TryAgain("the reply states no score")
-            except _TryAgain as failure:
-                error = f"{self.host}: {failure}"
-                delay = min(_MAX_DELAY, max(failure.after, self.first_delay * 2**attempt * jitter.uniform(0.5, 1)))
-            except JudgeError as failure:
-                error = f"{self.host}: {failure}"
-                break
-            if attempt == self.config.max_retries or self._closed.wait(delay):
-                break
-        return JudgeReply(None, raw, error, time.monotonic() - started)
-
-    def _post(self, messages):
-        """One request: the reply's text. _TryAgain or JudgeError otherwise, with words of ours only, since those of an
-        exception or a server may repeat the request."""
+    def _ask(self, messages, parse, force=False):
+        """Asks the servers in turn until `parse` makes a score of a reply, or the tries are used up. A try is a request
+        to each, to those with an open breaker only if `force`."""
+        started, raw, faults = time.monotonic(), None, []
         body = {"model": self.config.model, "messages": messages, "temperature": 0, "max_tokens": _MAX_TOKENS}
-        url = self.config.url.rstrip("/") + "/chat/completions"
-        try:
-            response = self._session().post(url, json=body, timeout=self.config.timeout, allow_redirects=False)
-        except requests.Timeout:
-            raise _TryAgain(f"no reply within {self.config.timeout:g} s") from None
-        except requests.exceptions.SSLError:
-            raise JudgeError("the TLS handshake failed") from None
-        except requests.ConnectionError as failure:
-            raise _TryAgain(_connection_reason(str(failure))) from None
-        except (requests.exceptions.ChunkedEncodingError, requests.exceptions.ContentDecodingError):
-            raise _TryAgain("the reply broke off") from None
-        except requests.exceptions.InvalidURL:
-            raise JudgeError("not a valid URL") from None
-        status = response.status_code
-        if status in (408, 429) or status >= 500:
-            raise _TryAgain(f"HTTP {status}", _seconds(response.headers.get("Retry-After", "")))
-        if status != 200:
-            raise JudgeError(f"HTTP {status}")
-        try:
-            text = response.json()["choices"][0]["message"]["content"]
-        except (requests.JSONDecodeError, KeyError, IndexError, TypeError):
-            text = None
-        if not isinstance(text, str):
-            raise _TryAgain("the reply is no chat completion")
-        return text
-
-    def _session(self):
-        """This thread's session."""
-        if not hasattr(self._local, "session"):
-            session = requests.Session()
-            session.trust_env = False
-            session.headers.update(self._headers)
-            self._local.session = session
-            with self._lock:
-                self._sessions.append(session)
-        return self._local.session
+        jitter = random.Random(_digest(self.config.model, messages))  # the same waits in every run
+        turn = next(self._turns) % len(self._servers)
+        servers = self._servers[turn:] + self._servers[:turn]
+        for attempt in range(self.config.max_retries + 1):
+            for server in servers:
+                try:
+                    if not (force or server.may_be_asked()):
+                        raise _Fault("breaker", f"left alone after failures, the last: {server.last}", again=False)
+                    raw = server.post(json.dumps(body))
+                    score = parse(raw)
+                    if score is None:
+                        raise _Fault("no_score", "the reply states no score")
+                    server.note()
+                    return JudgeReply(score, raw, None, time.monotonic() - started, faults)
+                except _Fault as fault:
+                    faults.append(fault.with_traceback(None))  # whose frames would keep the request
+                    if fault.kind != "breaker":
+                        server.note(fault)
+            latest = faults[-len(servers):]
+            servers = [server for server, fault in zip(servers, latest) if fault.again]
+            delay = max(self.first_delay * 2**attempt * jitter.uniform(0.5, 1), *(fault.after for fault in latest))
+            if not servers or attempt == self.config.max_retries or self._closed.wait(min(_MAX_DELAY, delay)):
+                break
+        return JudgeReply(None, raw, f"{server.host}: {latest[-1]}", time.monotonic() - started, faults)
 
 
 class AccuracyJudge:
@@ -257,7 +310,7 @@ class AccuracyJudge:
         return self.reply.score
 
 
-def _headers(api_key_env):
+def _authorization(api_key_env):
     if api_key_env is None:
         return {}
     key = os.environ.get(api_key_env, "").strip()
@@ -268,9 +321,32 @@ def _headers(api_key_env):
     return {"Authorization": f"Bearer {key}"}
 
 
-def _connection_reason(text):
-    reasons = {"refused": "connection refused", "resolve": "no such host", "reset": "connection reset"}
-    return next((reason for word, reason in reasons.items() if word in text), "the connection failed")
+_FAILURES = {  # of a connection: _Fault's arguments, in words of ours, since an exception's may repeat the request
+    TimeoutError: ("timeout", "no reply in time"), ConnectionRefusedError: ("refused", "connection refused"),
+    ConnectionError: ("reset", "connection reset"), (socket.gaierror, UnicodeError): ("connection", "no such host"),
+    ssl.SSLCertVerificationError: ("connection", "its TLS certificate is not trusted", False),
+    HTTPException: ("broken_off", "the reply broke off"), OSError: ("connection", "the connection failed"),
+}
+
+
+def _cut(sock):
+    """Ends what another thread reads from a socket, as if the server had."""
+    with suppress(OSError):  # it is closed by now
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)  # SSLSocket's own would pull TLS from under the reader
+
+
+def _text_of(response, data):
+    """The text of a chat completion, or _Fault."""
+    status = response.status
+    if status != 200:
+        kind = "http_429" if status == 429 else "http_5xx" if status >= 500 else "http_other"
+        again = status in (408, 429) or status >= 500
+        raise _Fault(kind, f"HTTP {status}", again, _seconds(response.getheader("Retry-After", "")))
+    with suppress(ValueError, KeyError, IndexError, TypeError, RecursionError):
+        text = json.loads(data)["choices"][0]["message"]["content"]
+        if isinstance(text, str):
+            return text
+    raise _Fault("no_completion", "the reply is no chat completion")
 
 
 def _ready(reply):
@@ -284,7 +360,12 @@ def _share(value, maximum):
 
 
 def _seconds(retry_after):
-    return float(retry_after) if re.fullmatch(r"\d{1,6}", retry_after) else 0.0
+    """What a Retry-After header asks for, in seconds or as a date; 0 for anything else."""
+    if re.fullmatch(r"\d{1,6}", retry_after, re.ASCII):
+        return float(retry_after)
+    with suppress(ValueError, OverflowError):
+        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
+    return 0.0
 
 
 def _digest(model, messages):

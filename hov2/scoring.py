@@ -1,14 +1,21 @@
-"""One place that scores a completion: rule rewards at once, judged ones by asking the judge.
+"""One place that scores completions, rule rewards at once, judged ones by asking; and what to do when no judge answers.
 
 Three outcomes are kept apart: a number; *missing* (the judge was asked and gave none); and not applicable (a sample
 whose solution has no context can't have a context reward).
 """
 
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
-from hov2.judge import AccuracyJudge, JudgeReply
+from hov2.distributed import gather_objects, rank, say, world_size
+from hov2.guard import beat
+from hov2.judge import FAULTS, AccuracyJudge, JudgeError
 from hov2.rewards import accuracy_reward, format_reward
+
+HEARTBEAT = 5.0  # seconds between two signs of life of ranks that wait
+ROUNDS = 10  # times that a step's missing scores are asked for again, each after the judge was found to be back
 
 
 @dataclass(frozen=True)
@@ -19,6 +26,7 @@ class Score:
     missing: bool = False
     raw: str | None = None  # the judge's reply, if there was one
     error: str | None = None  # why it is missing
+    judged: bool = False  # it is the judge's to give, or missing
 
     @property
     def number(self):
@@ -26,33 +34,72 @@ class Score:
         return float("nan") if self.value is None else self.value
 
 
+class Pending:
+    """A score on its way; `ask()` starts the scoring and returns a future of the Score."""
+
+    def __init__(self, ask):
+        self.ask, self.future = ask, ask()
+
+    def result(self):
+        """The Score; waits for it."""
+        return self.future.result()
+
+
 class Scorer:
     """Scores completions. Without a judge, free-form answers and emotion words are scored by rule."""
 
     def __init__(self, judge=None, format_rule="strict", evaluation=False):
         self.judge, self.format_rule, self.evaluation = judge, format_rule, evaluation
-        # accuracy may wait for the judge (free-form answers, synonyms), so it has threads of its own
+        # scores wait for the judge, so they have threads of their own
         self._pool = ThreadPoolExecutor(judge.config.concurrency if judge else 1, thread_name_prefix="score")
+        self._window = deque(maxlen=judge.config.missing_window if judge else 1)  # of a step: why each is missing
 
     def submit(self, name, text, sample):
-        """Starts scoring `text`, a completion for `sample`, by the reward `name`.
+        """Starts scoring `text`, a completion for `sample`, by the reward `name`; a Pending.
 
-        What it returns has a `result()`, a Score. context and logic need a judge (GRPOConfig sees to it).
+        context and logic need a judge (GRPOConfig sees to it).
         """
-        if name == "format":
-            return self._pool.submit(lambda: Score(format_reward(text, self.format_rule)))
-        if name == "accuracy":
-            return self._pool.submit(self._accuracy, text, sample)
-        if name == "context":
-            return _Judged(self.judge.submit_context(text, sample.solution))
-        return _Judged(self.judge.submit_logic(text))
+        return Pending(lambda: self._pool.submit(self._score, name, text, sample))
+
+    def settle(self, scores, together=True):
+        """Waits for a step's `scores` (Pending) of all ranks, then acts by `on_judge_down` if too many are missing.
+
+        The share is that of the last `missing_window` steps and of all ranks. "continue": goes on without them. "wait":
+        all ranks wait until rank 0 finds the judge back, then ask again for what this step misses. "stop", or a judge
+        that is back and still gives no scores: JudgeError, the same on all ranks. Not `together`: a rank by itself.
+        """
+        if self.judge is None:
+            return
+        config, gather = self.judge.config, gather_objects if together else lambda value: [value]
+        self._window.append(None)
+        for rounds_left in range(ROUNDS, -1, -1):
+            self._wait([score.future for score in scores], gather)
+            results = [score.result() for score in scores]
+            of_ranks = gather([result.error for result in results if result.judged])  # None: there is a score
+            self._window[-1] = [error for of_rank in of_ranks for error in of_rank]
+            window = [error for of_step in self._window for error in of_step]
+            missing = [error for error in window if error]
+            if (not any(self._window[-1]) or len(missing) <= config.max_missing * len(window)
+                    or config.on_judge_down == "continue"):
+                return
+            text = (f"{len(missing)} of {len(window)} judged scores of the last {len(self._window)} steps are missing, "
+                    f"more than judge.max_missing {config.max_missing:g}; the last: {missing[-1]}")
+            if config.on_judge_down == "stop" or not rounds_left:
+                raise JudgeError(text)
+            self._wait_for_judge(rank() == 0 or not together, gather, text)
+            for score, result in zip(scores, results):
+                if result.missing:
+                    score.future = score.ask()
 
     def log_stats(self, means):
-        """Adds `judge/failure_rate` and `judge/latency` (seconds) since the last call, weighted by requests."""
+        """Adds, since the last call, `judge/failure_rate` and `judge/latency` (seconds), weighted by requests, and how
+        often each fault occurred, `judge/faults/<kind>`, on all ranks."""
         if self.judge is not None:
             stats = self.judge.stats()
             for name in ("failure_rate", "latency"):
                 means.add(f"judge/{name}", stats[name], stats["requests"])
+            for kind in FAULTS:
+                means.add(f"judge/faults/{kind}", stats["faults"][kind] * world_size())  # their mean is the sum
 
     def note(self, samples):
         """What a reader of the log should know about how these samples are scored, or ""."""
@@ -61,19 +108,34 @@ class Scorer:
             return ""
         return f"no judge: {free} free-form answers are scored by their overlap (ROUGE-L)"
 
-    def _accuracy(self, text, sample):
-        judge = None if self.judge is None else AccuracyJudge(self.judge)
-        value = accuracy_reward(text, sample.solution, sample.problem_type, judge, evaluation=self.evaluation)
-        reply = judge.reply if judge and judge.reply else JudgeReply(None)
-        return Score(value, value is None, reply.raw, reply.error)
+    def _wait(self, futures, gather):
+        """Waits for the futures of all ranks. Every few seconds these show each other that they are there: the process
+        group's timeout and the watch are for ranks that are lost, not for a wait that is meant."""
+        while any(gather(bool(wait(futures, HEARTBEAT).not_done))):
+            beat("judge")
 
+    def _wait_for_judge(self, asks, gather, why):
+        """Returns once the judge answers the rank that `asks`."""
+        say(f"waiting for the judge: {why}")
+        back = False
+        while not back:
+            time.sleep(HEARTBEAT)
+            beat("judge")
+            probes = [self._pool.submit(self.judge.probe)] if asks else []
+            self._wait(probes, gather)
+            back = any(gather(any(probe.result().error is None for probe in probes)))
+        say("the judge is back: asking again for what is missing")
+        self.judge.forgive()
 
-@dataclass(frozen=True)
-class _Judged:
-    """A judged score on its way."""
-
-    future: object
-
-    def result(self):
-        reply = self.future.result()
-        return Score(reply.score, reply.error is not None, reply.raw, reply.error)
+    def _score(self, name, text, sample):
+        if name == "format":
+            return Score(format_reward(text, self.format_rule))
+        if name == "accuracy":
+            judge = None if self.judge is None else AccuracyJudge(self.judge)
+            value = accuracy_reward(text, sample.solution, sample.problem_type, judge, evaluation=self.evaluation)
+            reply = judge and judge.reply
+            return Score(value, value is None, reply and reply.raw, reply and reply.error, bool(reply))
+        asked = self.judge.submit_context(text, sample.solution) if name == "context" else self.judge.submit_logic(text)
+        reply = asked.result()
+        missing = reply.error is not None
+        return Score(reply.score, missing, reply.raw, reply.error, missing or reply.score is not None)

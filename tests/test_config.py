@@ -68,7 +68,10 @@ def test_overrides(write):
     ({"loss_type": "tokens"}, "loss_type: 'tokens' is not one of 'token', 'grpo', 'dr_grpo', 'bnpo'"),
     ({"report_to": ["mlflow"]}, "report_to[0]: 'mlflow' is not one of 'tensorboard', 'wandb'"),
     ({"reward_weights": {"format": "1"}}, "reward_weights.format: expected a number, got '1'"),
-    ({"judge": {"timeout": 3}}, "judge: missing key 'url'"),
+    ({"judge": {"timeout": 3}}, "judge: url, urls: expected one of the two"),
+    ({"judge": {"url": "http://a/v1", "urls": ["http://b/v1"]}}, "judge: url, urls: expected one of the two"),
+    ({"judge": {"url": "http://a/v1", "missing_window": 0}}, "judge: missing_window: expected more than 0, got 0"),
+    ({"judge": {"url": "http://a/v1", "on_judge_down": "pray"}}, "'pray' is not one of 'wait', 'continue', 'stop'"),
     ({"media": 3}, "media: expected an object, got 3"),
 ])
 def test_wrong_values(write, values, message):

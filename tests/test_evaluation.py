@@ -15,13 +15,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import synth_clip, tiny_thinker, tiny_tokenizer
+from judge_faults import FaultyJudge
 from modelkit import policy_of
 
 import evaluate
-from hov2 import evaluation, toy
-from hov2.config import ConfigError, EvalConfig, FilterConfig, MediaConfig, Source, load_config
+from hov2 import evaluation, scoring, toy
+from hov2.config import ConfigError, EvalConfig, FilterConfig, JudgeConfig, MediaConfig, Source, load_config
 from hov2.data import DataError, Sample, make_inputs, read_samples
 from hov2.evaluation import Evaluator, Journal, longest_first
+from hov2.judge import Judge
 from hov2.model import Encoder, load_tokenizer
 from hov2.prompts import PromptsError, load_prompts
 
@@ -128,6 +130,17 @@ def test_sampled_answers_do_not_depend_on_the_batches(evaluator, samples):
 
 def test_training_rewards_give_nothing_without_an_answer_block(evaluator):
     assert evaluator(training_rewards=True).scorer.evaluation is False and evaluator().scorer.evaluation is True
+
+
+def test_a_judge_that_is_down_is_waited_for(evaluator, monkeypatch):
+    monkeypatch.setattr(scoring, "HEARTBEAT", 0.02)
+    with FaultyJudge(["404", None]) as server:
+        run = evaluator().run
+        run.judge = Judge(JudgeConfig(url=server.url, concurrency=1), load_prompts())
+        _, records = Evaluator(run, max_new_tokens=8, batch_size=3).evaluate([sample(str(i), kind="free-form")
+                                                                             for i in range(3)])
+        assert all(record["accuracy"] is not None for record in records)
+        assert server.injected == {"404": 1} and server.asked == 5  # 3, the small question, and the first one's again
 
 
 # ---- The journal ----

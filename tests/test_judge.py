@@ -278,8 +278,9 @@ def test_stats_count_since_the_last_call():
         stats = judge.stats()
         assert [reply.score for reply in replies] == [0.8, None, 1.0, 1.0]
         assert (stats["requests"], stats["failures"], stats["failure_rate"]) == (4, 1, 0.25)
+        assert stats["faults"] == {"http_other": 1}
         assert stats["latency"] == pytest.approx(sum(reply.latency for reply in replies) / 4) and stats["latency"] > 0
-        assert judge.stats() == {"requests": 0, "failures": 0, "failure_rate": 0.0, "latency": 0.0}
+        assert judge.stats() == {"requests": 0, "failures": 0, "failure_rate": 0.0, "latency": 0.0, "faults": {}}
 
 
 def test_close_gives_up_waiting():
