@@ -2,8 +2,8 @@
 
     python -m hov2.plan configs/stage2.json --gpus 8 --memory 80 [key=value ...]
 
-Arithmetic on the model's shapes (no weight is read) and on the config. docs/memory.md has the formulas. What a run holds
-all the time and what a phase adds are kept apart: the peak is the largest phase. Exit code 1 if the plan doesn't fit.
+Arithmetic on the model's shapes (no weight is read) and on the config; docs/memory.md has the formulas. What a run
+holds all the time and what a phase adds are kept apart: the peak is the largest phase. Exit code 1 if it doesn't fit.
 """
 
 import argparse
@@ -167,7 +167,7 @@ def thinker_of(name):
     try:
         return name, design(name, torch.bfloat16)
     except ModelError:
-        sizes = Qwen2_5OmniThinkerConfig(vision_config={"hidden_size": 1280})  # else transformers' defaults are the 7B's
+        sizes = Qwen2_5OmniThinkerConfig(vision_config={"hidden_size": 1280})  # else the 7B's are the defaults
         with torch.device("meta"):
             thinker = Qwen2_5OmniThinkerForConditionalGeneration(sizes)
         for parameter in tower_parameters(thinker):

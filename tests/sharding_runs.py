@@ -33,15 +33,19 @@ OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 UPDATES = 3
 
 
-def peak_bytes(work):
-    """(what `work()` returns, the most bytes that torch's allocator had given out meanwhile beyond those at first)."""
+def peak_bytes(work, mapped=()):
+    """(what `work()` returns, the most bytes that torch's allocator had given out meanwhile beyond those at first).
+
+    mapped: sizes of files that are mapped rather than read: the allocator reports such a mapping, which takes no memory
+    of its own.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         result = work()
     sizes, queue = [], list(record.profiler.kineto_results.experimental_event_tree())
     while queue:
         event = queue.pop()
         queue += event.children
-        if event.name == "[memory]":
+        if event.name == "[memory]" and abs(event.extra_fields.alloc_size) not in mapped:
             sizes.append((event.start_time_ns, event.extra_fields.alloc_size))
     now = peak = 0
     for _, size in sorted(sizes, key=lambda pair: pair[0]):
@@ -61,9 +65,11 @@ def held_bytes(*models, optimizer=None):
 def train(config, device, out):
     """A few updates over four groups, this rank's share of them in as many passes; returns what tests compare."""
     rank, world = distributed.rank(), distributed.world_size()
-    policy, peak = peak_bytes(lambda: load_policy(config, device))
-    found = {"load": {"peak": peak, "held": held_bytes(policy)}}
-    reference, peak = peak_bytes(lambda: load_reference(config, device, policy))
+    mapped = [path.stat().st_size for path in Path(config.model).glob("*.safetensors")]
+    policy, peak = peak_bytes(lambda: load_policy(config, device), mapped)
+    buffers = sum(buffer.nbytes for buffer in policy.buffers())  # computed, on every rank
+    found = {"load": {"peak": peak, "held": held_bytes(policy), "buffers": buffers}}
+    reference, peak = peak_bytes(lambda: load_reference(config, device, policy), mapped)
     found["reference"] = {"peak": peak, "held": held_bytes(reference), "shared": reference is policy}
     optimizer = make_optimizer(policy, config)
     prompts, completions = random_prompts(policy.thinker, 4), random_completions(4, lengths=(7, 5, 6, 4))

@@ -87,18 +87,19 @@ def sizes(lab):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_no_rank_holds_more_than_its_share_while_loading(lab, rank):
-    decoder, towers, largest = sizes(lab)
-    masters = found(lab, "full-2", rank)["load"]
-    assert masters["held"] <= 4 * (decoder / 2 + towers) * 1.02
-    assert masters["peak"] <= masters["held"] + 4 * largest < 4 * (decoder + towers) * 0.8
-    policy, reference = (found(lab, "bfloat16-2", rank)[part] for part in ("load", "reference"))
-    assert policy["held"] <= (4 * decoder / 2 + 2 * towers) * 1.02 and policy["peak"] <= policy["held"] + 4 * largest
-    assert reference["held"] <= 2 * decoder / 2 * 1.02 and reference["peak"] <= reference["held"] + 4 * largest
+    decoder, towers, _ = sizes(lab)
+    for name, size, tower_size in (("full-2", 4, 4), ("bfloat16-2", 4, 2)):  # bytes of a weight: masters, towers
+        load, reference = (found(lab, name, rank)[part] for part in ("load", "reference"))
+        assert load["held"] <= (size * decoder / 2 + tower_size * towers) * 1.02
+        assert load["peak"] <= load["held"] + 4 * load["buffers"]  # which take room while they are computed
+        assert 4 * load["buffers"] < 0.6 * size * decoder / 2  # far from the other half
+        assert reference["held"] <= tower_size * decoder / 2 * 1.02 and reference["peak"] <= reference["held"] * 1.02
 
 
 @pytest.mark.parametrize("name", ["full-2", "lora-2"])
 def test_export_gathers_one_tensor_at_a_time(lab, name):
-    assert max(found(lab, name, rank)["export"] for rank in (0, 1)) <= 4 * 4 * sizes(lab)[2]
+    assert 6 * sizes(lab)[2] < 0.5 * sizes(lab)[0]  # a few copies of the largest tensor (gloo's, too), not the model
+    assert max(found(lab, name, rank)["export"] for rank in (0, 1)) <= 6 * 4 * sizes(lab)[2]
 
 
 def test_lora_shares_its_reference(lab):

@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
 from hov2 import toy
 from hov2.config import EvalConfig, GRPOConfig, JudgeConfig, MediaConfig, SFTConfig, Source, load_config
@@ -105,7 +106,7 @@ def test_tags_split_over_tokens_and_merge_with_their_neighbours(world):
 
 def test_the_thinker_loads_and_its_prompts_are_short(world):
     tokenizer, prompts = load_tokenizer(str(world / "model")), load_prompts("configs/toy/prompts.json")
-    thinker = load_thinker(str(world / "model"), None)
+    thinker = load_thinker(str(world / "model"), torch.float32)
     assert thinker.config.text_config.vocab_size == len(tokenizer)
     for sample in read_samples([Source(str(world / "eval.json"))]):
         inputs = make_inputs(sample, tokenizer, prompts, MediaConfig(fps=8.0, max_frames=8))
