@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from torch.nn import functional as F
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -79,8 +78,8 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         """(..., in) -> (..., out)."""
-        out = F.linear(x, self.weight, self.bias)
-        return out + self.scale * F.linear(F.linear(x, self.lora_a), self.lora_b) if self.on else out
+        out = nn.functional.linear(x, self.weight, self.bias)
+        return out + self.scale * (x @ self.lora_a.T @ self.lora_b.T) if self.on else out
 
     def merged_weight(self):
         """The weight with the correction in it, whole, in float32; all ranks call it."""
@@ -116,13 +115,13 @@ def adapters_off():
         LoRALinear.on = True
 
 
-def load_thinker(name, dtype, towers=True):
+def load_thinker(name, dtype):
     """The thinker in `name`, whole, on the CPU, towers frozen: its own folder, a full Qwen2.5-Omni folder, or a hub id.
 
     Raises ModelError for a name that is neither a folder nor reachable, and for weights that don't fit.
     """
-    thinker = design(name, dtype, towers)
-    _materialise(thinker, thinker, name, torch.device("cpu"))
+    thinker = design(name, dtype)
+    _materialise(Policy(thinker), name, torch.device("cpu"))
     return thinker
 
 
@@ -144,7 +143,7 @@ def load_policy(config, device, trained=True, towers=True):
             parameter.data = parameter.data.float()
     mesh = make_mesh(device, config.shard_within_node)
     policy = shard(Policy(thinker).eval(), mesh, dtype, tower_parameters(thinker))
-    _materialise(policy, thinker, config.model, device, config.seed)
+    _materialise(policy, config.model, device, config.seed)
     return policy
 
 
@@ -179,11 +178,10 @@ def design(name, dtype, towers=True):
     return thinker
 
 
-def _materialise(root, thinker, name, device, seed=0):
-    """Gives `root`, the thinker or a Policy around it, memory on `device`, the weights of `name`, and adapters."""
-    root.to_empty(device=device)
+def _materialise(policy, name, device, seed=0):
+    """Gives a policy, sharded or not, memory on `device`, the weights of `name`, and adapters that `seed` decides."""
+    thinker, generator = policy.to_empty(device=device).thinker, torch.Generator().manual_seed(seed)
     thinker.tie_weights()
-    generator = torch.Generator().manual_seed(seed)
     for module in thinker.modules():
         if isinstance(module, LoRALinear):
             module.start(generator)

@@ -38,11 +38,11 @@ def fetch(name):
     if not Path(name).is_dir():
         with rank_zero_first():
             try:
-                files = _indexed(cached_file(name, INDEX))
-            except OSError:  # not there: the model is in one file
-                files = ["model.safetensors"]
-            for file in files:
-                cached_file(name, file)
+                cached_file(name, INDEX)
+            except OSError:  # none: the model is in one file
+                cached_file(name, "model.safetensors")
+            for path in _files(source_folder(name)):
+                cached_file(name, path.name)
     return source_folder(name)
 
 
@@ -109,16 +109,16 @@ def export(policy, folder, name, dtype):
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     names = {key for key, _ in policy.thinker.named_parameters(remove_duplicate=False)}  # both names of tied weights
-    sizes = [_write_like(path, unfinished / path.name, policy.thinker, names, dtype) for path in _files(source)]
+    for path in _files(source):
+        _write_like(path, unfinished / path.name, policy.thinker, names, dtype)
     if rank() == 0:
         for path in source.iterdir():
-            if path.is_file() and not path.name.endswith((".safetensors", ".index.json", ".bin")):
+            if path.is_file() and not path.name.endswith((".safetensors", ".bin", ".bin.index.json")):
                 shutil.copy(path, unfinished / path.name)
-        if (source / INDEX).exists():
-            shutil.copy(source / INDEX, unfinished / INDEX)
-            _edit_json(unfinished / INDEX, metadata={"total_size": sum(sizes)})
-        if json.loads((source / "config.json").read_text())["model_type"] != "qwen2_5_omni":  # else of other parts too
-            _edit_json(unfinished / "config.json", dtype=str(dtype).removeprefix("torch."))
+        config = json.loads((source / "config.json").read_text())
+        if config["model_type"] != "qwen2_5_omni":  # there it speaks of the other parts too
+            config["dtype"] = str(dtype).removeprefix("torch.")
+            (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         shutil.rmtree(folder, ignore_errors=True)  # only now: it may be the very folder that the run began with
         unfinished.rename(folder)
     barrier()
@@ -134,7 +134,7 @@ def _exported(thinker, name, dtype):
 
 
 def _write_like(path, target, thinker, names, dtype):
-    """Writes the safetensors file `path` anew to `target`, the thinker's `names` as `dtype`; returns the bytes of all.
+    """Writes the safetensors file `path` anew to `target`, with the thinker's own tensors for `names`, as `dtype`.
 
     The format: the header's length in 8 bytes, the header as JSON, then the tensors' bytes one after the other; those
     of larger types first, so that each starts at a multiple of its type's size.
@@ -159,19 +159,11 @@ def _write_like(path, target, thinker, names, dtype):
             else:
                 old.seek(start + header[key]["data_offsets"][0])
                 new.write(old.read(sizes[key]))
-    return sum(sizes.values())
 
 
 def _files(folder):
     """The paths of a folder's weights: those that its index names, or all of them."""
     index = Path(folder) / INDEX
-    return [index.with_name(file) for file in _indexed(index)] if index.exists() else sorted(
-        Path(folder).glob("*.safetensors"))
-
-
-def _indexed(index):
-    return sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
-
-
-def _edit_json(path, **values):
-    path.write_text(json.dumps(json.loads(path.read_text()) | values, indent=2) + "\n")
+    if index.exists():
+        return sorted({index.with_name(file) for file in json.loads(index.read_text())["weight_map"].values()})
+    return sorted(Path(folder).glob("*.safetensors"))

@@ -11,7 +11,7 @@ import torch
 from helpers import tiny_thinker, tiny_tokenizer
 from safetensors.torch import load_file
 
-LORA = {"lora": {"rank": 4, "alpha": 8.0}}
+LORA = {"lora": {"rank": 3, "alpha": 6.0}}  # uneven over two ranks, as the vocabulary
 FULL = {"optimizer_states": "float32"}
 
 
@@ -19,7 +19,7 @@ FULL = {"optimizer_states": "float32"}
 def lab(tmp_path_factory):
     """A folder with a model in bfloat16, as published ones are, and the runs that the tests compare."""
     lab = tmp_path_factory.mktemp("lab")
-    tiny_thinker(layers=4, hidden=128).bfloat16().save_pretrained(lab / "model")
+    tiny_thinker(layers=4, hidden=128, vocab=403).bfloat16().save_pretrained(lab / "model")
     tiny_tokenizer().save_pretrained(lab / "model")
     launch(lab, 1, {"full-1": FULL, "lora-1": LORA})
     launch(lab, 2, {"full-2": FULL, "lora-2": LORA, "cpu-2": {"optimizer_states": "cpu"},
@@ -87,13 +87,14 @@ def sizes(lab):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_no_rank_holds_more_than_its_share_while_loading(lab, rank):
-    decoder, towers, _ = sizes(lab)
+    decoder, towers, largest = sizes(lab)
     for name, size, tower_size in (("full-2", 4, 4), ("bfloat16-2", 4, 2)):  # bytes of a weight: masters, towers
         load, reference = (found(lab, name, rank)[part] for part in ("load", "reference"))
         assert load["held"] <= (size * decoder / 2 + tower_size * towers) * 1.02
         assert load["peak"] <= load["held"] + 4 * load["buffers"]  # which take room while they are computed
         assert 4 * load["buffers"] < 0.6 * size * decoder / 2  # far from the other half
-        assert reference["held"] <= tower_size * decoder / 2 * 1.02 and reference["peak"] <= reference["held"] * 1.02
+        assert reference["held"] <= tower_size * decoder / 2 * 1.02
+        assert reference["peak"] <= reference["held"] + tower_size * largest
 
 
 @pytest.mark.parametrize("name", ["full-2", "lora-2"])
