@@ -21,6 +21,7 @@ import json
 
 import kit
 import torch
+from thinker import random_completions, random_inputs, random_thinker, sampling_for, use_hov2_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -111,7 +112,7 @@ class Hov2:
     def __init__(self, policy, reference, inputs, job):
         self.inputs, self.sharded = inputs, job.sharded
         self.encoder = Encoder(policy, torch.device("cpu"))
-        self.policy, self.reference = (self._wrap(kit.use_hov2_attention(thinker)) for thinker in (policy, reference))
+        self.policy, self.reference = (self._wrap(use_hov2_attention(thinker)) for thinker in (policy, reference))
 
     def _wrap(self, thinker):
         if not self.sharded:
@@ -145,14 +146,14 @@ WAYS = {"released": Released, "batched": Batched, "hov2": Hov2}
 def setup(name, job):
     """Builds the way `name`, and goes once through a step of a tiny prompt so that nothing is done for the first time."""
     global way, memory  # of this process
-    policy, reference = (kit.random_thinker(job.vocab, job.layers, job.hidden, seed) for seed in (0, 1))
+    policy, reference = (random_thinker(job.vocab, job.layers, job.hidden, seed) for seed in (0, 1))
     for tower in ("visual", "audio_tower"):  # frozen, so the same in both
         getattr(reference.model, tower).load_state_dict(getattr(policy.model, tower).state_dict())
     policy.activation_checkpointing_enable({"use_reentrant": False})
-    small = kit.random_inputs(job.vocab, 16, 10, 12)
+    small = random_inputs(job.vocab, 16, 10, 12)
     way = WAYS[name](policy, reference, small, job)
     step(argparse.Namespace(**vars(job) | {"generations": 2, "completion_tokens": 4, "completions_run": 1}), 0)
-    way.inputs = kit.random_inputs(job.vocab, job.video_tokens, job.audio_tokens, job.text_tokens)
+    way.inputs = random_inputs(job.vocab, job.video_tokens, job.audio_tokens, job.text_tokens)
     memory = kit.Memory()
 
 
@@ -161,8 +162,8 @@ def step(job, repetition):
 
     Where only some of the completions are run (released), seconds are scaled to all of them.
     """
-    completions = kit.random_completions(job.vocab, job.generations, job.completion_tokens)
-    sampling = kit.sampling_for(job.vocab, job.completion_tokens)
+    completions = random_completions(job.vocab, job.generations, job.completion_tokens)
+    sampling = sampling_for(job.vocab, job.completion_tokens)
     advantages = torch.randn(job.generations, generator=torch.Generator().manual_seed(0))
     clock, found = kit.Clock(), {"logps": {}, "reference": {}}
     handles = watch(clock)
