@@ -17,7 +17,6 @@ same for all: reading media, rewards, the optimiser.
 """
 
 import argparse
-import json
 
 import kit
 import torch
@@ -232,16 +231,21 @@ def tower_flops():
 # ---- Counting --------------------------------------------------------------------------------------------------------
 
 
+def unit_flops(job):
+    """FLOPs of the decoder's linear layers for a token, of its attention for a query and a key, of the head."""
+    kv = max(1, job.hidden // 128) * 64
+    layer = 2 * job.hidden * job.hidden + 2 * job.hidden * kv + 3 * job.hidden * 4 * job.hidden
+    return 2 * job.layers * layer, 4 * job.hidden * job.layers, 2 * job.hidden * job.vocab
+
+
 def flops(job, prompt, towers):
     """FLOPs that each way's step takes: {way: FLOPs}. A multiply-add is 2; attention causal; backward 2 forwards.
 
     Counted are matrix products: towers, the decoder's linear layers and attention, the head. Activation checkpointing
     adds a forward of the layers to the backward pass, and hov2's log-probs one of the head.
     """
-    layers, hidden, p, t, g = job.layers, job.hidden, prompt, job.completion_tokens, job.generations
-    kv = max(1, hidden // 128) * 64
-    token = 2 * layers * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * 4 * hidden)
-    pair, head = 4 * hidden * layers, 2 * hidden * job.vocab  # a query and a key; a position
+    p, t, g = prompt, job.completion_tokens, job.generations
+    token, pair, head = unit_flops(job)
 
     def causal(n):
         return n * (n + 1) // 2
@@ -264,10 +268,10 @@ def flops(job, prompt, towers):
 
 
 def run(job):
-    """Measures all ways; {"ways": {way: figures}, "difference": {...}} as it goes into the JSON file."""
-    workers = kit.Workers(WAYS, job.threads, setup, job)
-    runs = {way: [] for way in WAYS}
-    for repetition, way in kit.interleaved(WAYS, job.repeats):
+    """Measures the job's ways; {"ways": {way: figures}, "difference": {...}} as it goes into the JSON file."""
+    workers = kit.Workers(job.ways, job.threads, setup, job)
+    runs = {way: [] for way in job.ways}
+    for repetition, way in kit.interleaved(job.ways, job.repeats):
         runs[way].append(workers.call(way, step, job, repetition))
         print(f"repetition {repetition + 1}, {way}: {sum(runs[way][-1]['cpu'].values()):.1f} CPU s", flush=True)
     prompt = job.video_tokens + job.audio_tokens + job.text_tokens + 4
@@ -284,7 +288,7 @@ def run(job):
             "gflops": counts[way] / 1e9 / cpu,
         }
     return {"job": vars(job), "prompt_tokens": prompt, "ways": ways,
-            "difference": {way: differences(runs[way], runs["hov2"]) for way in ("released", "batched")}}
+            "difference": {way: differences(runs[way], runs["hov2"]) for way in job.ways if way != "hov2"}}
 
 
 def differences(runs, ours):
@@ -298,20 +302,21 @@ def differences(runs, ours):
 
 def report(result):
     """Prints the tables."""
-    ways, ours = result["ways"], result["ways"]["hov2"]
+    ways, others = result["ways"], list(result["difference"])
 
     def row(name, get):
         values = {way: get(figures) for way, figures in ways.items()}
-        ratios = [values[way] / values["hov2"] if values[way] and values["hov2"] else None
-                  for way in ("released", "batched")]
+        ratios = [values[way] / values["hov2"] if values[way] and values["hov2"] else None for way in others]
         return [name, *values.values(), *ratios]
 
-    rows = [row(phase, lambda f, p=phase: f["phases"][p]) for phase in PHASES if ways["released"]["phases"][phase]]
+    rows = [row(phase, lambda f, p=phase: f["phases"][p]) for phase in PHASES
+            if any(f["phases"][phase] for f in ways.values())]
     rows += [row("CPU seconds", lambda f: f["cpu"]), row("wall seconds", lambda f: f["wall"]),
              row("growth of memory, MiB", lambda f: f["growth"]), row("GFLOP (ideal ratio)", lambda f: f["gflop"]),
              row("GFLOP a CPU second", lambda f: f["gflops"])]
-    print(f"\n{kit.machine()}; P={result['prompt_tokens']}, medians of {len(ours['runs'])}")
-    kit.print_table(["", *WAYS, "released / hov2", "batched / hov2"], rows)
+    print(f"\n{kit.machine()}; P={result['prompt_tokens']}, "
+          f"medians of {result['job']['repeats']}")
+    kit.print_table(["", *ways, *(f"{way} / hov2" for way in others)], rows)
     for way, found in result["difference"].items():
         norm = f", gradient norm {found['norm']:.1e} (relative)" if "norm" in found else ""
         print(f"log-probs of {way} less hov2's, at most: policy {found['logps']:.1e}, "
@@ -325,6 +330,7 @@ def arguments(argv=None):
              "completion-tokens": 128, "layers": 6, "hidden": 256, "iterations": 1, "repeats": 3, "threads": 1}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS), help="with hov2 among them")
     parser.add_argument("--completions-run", type=int, default=2,
                         help="of the released way, in each repetition; they stand for all, being alike")
     parser.add_argument("--sharded", action="store_true", help="hov2 under FSDP with one process, as in training")
@@ -332,10 +338,13 @@ def arguments(argv=None):
     return parser.parse_args(argv)
 
 
-if __name__ == "__main__":
-    job = arguments()
+def main(argv=None):
+    """Runs, prints, and writes the JSON file if there is to be one."""
+    job = arguments(argv)
     result = run(job)
     report(result)
-    if job.json:
-        with open(job.json, "w", encoding="utf-8") as file:
-            json.dump(result, file, indent=1)
+    kit.write_json(job.json, result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,7 @@
 """What the benchmarks share: a clock of CPU seconds, memory, a process for each way, tables."""
 
 import itertools
+import json
 import os
 import statistics
 import sys
@@ -131,6 +132,12 @@ def _text(value):
     if isinstance(value, float):
         return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
     return str(value)
+
+
+def write_json(path, result):
+    """Writes the result to a file; nothing without a path."""
+    if path:
+        Path(path).write_text(json.dumps(result, indent=1), encoding="utf-8")
 
 
 def machine():

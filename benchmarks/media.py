@@ -11,7 +11,6 @@ with; what is missing is said and left out. CPU seconds are those of all threads
 
 import argparse
 import importlib.util
-import json
 import os
 import resource
 import shutil
@@ -209,11 +208,14 @@ def arguments(argv=None):
     return parser.parse_args(argv)
 
 
-if __name__ == "__main__":
-    asked = arguments()
+def main(argv=None):
+    """Runs, prints, and writes the JSON file if there is to be one."""
+    job = arguments(argv)
     with tempfile.TemporaryDirectory() as folder:
-        found = run(asked, folder)
-    report(found)
-    if asked.json:
-        with open(asked.json, "w", encoding="utf-8") as file:
-            json.dump(found, file, indent=1)
+        result = run(job, folder)
+    report(result)
+    kit.write_json(job.json, result)
+
+
+if __name__ == "__main__":
+    main()

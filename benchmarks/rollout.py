@@ -8,7 +8,6 @@ is the same. Then the tokens of both are compared, sampled (each prompt has its 
 """
 
 import argparse
-import json
 
 import kit
 import torch
@@ -21,7 +20,7 @@ WAYS = ("one by one", "together")
 
 
 def make_prompts(thinker, job):
-    """Prompts of different lengths: 3/4, 11/12, 1 and 9/8 of the size in `job`, and so on."""
+    """Encoded prompts of different lengths: 3/4, 1, 1 and 7/6 of the media in `job` and ever more text, and so on."""
     encoder = Encoder(thinker, torch.device("cpu"))
     sizes = [(9, 12, 12, 14)[i % 4] / 12 for i in range(job.prompts)]
     texts = [job.text_tokens + 30 * (i % 4) for i in range(job.prompts)]
@@ -113,13 +112,16 @@ def arguments(argv=None):
     return parser.parse_args(argv)
 
 
-if __name__ == "__main__":
-    asked = arguments()
+def main(argv=None):
+    """Runs, prints, and writes the JSON file if there is to be one."""
+    asked = arguments(argv)
     torch.set_num_threads(asked.threads)
     results = []
     for vocab in asked.vocab:
         results.append(run(argparse.Namespace(**vars(asked) | {"vocab": vocab})))
         report(results[-1])
-    if asked.json:
-        with open(asked.json, "w", encoding="utf-8") as file:
-            json.dump(results, file, indent=1)
+    kit.write_json(asked.json, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -9,7 +9,6 @@ log-probs it also counts the largest block of logits that exists at a time.
 """
 
 import argparse
-import json
 import math
 from dataclasses import asdict, dataclass, replace
 
@@ -163,8 +162,9 @@ def arguments(argv=None):
     return parser.parse_args(argv)
 
 
-if __name__ == "__main__":
-    job = arguments()
+def main(argv=None):
+    """Runs, prints, and writes the JSON file if there is to be one."""
+    job = arguments(argv)
     torch.set_num_threads(job.threads)
     base = Size(**{name: getattr(job, name) for name in asdict(Size())})
     result = {"base": asdict(base), "repeats": job.repeats, "axes": {}}
@@ -172,6 +172,8 @@ if __name__ == "__main__":
         values, still = AXES[axis]
         result["axes"][axis] = measure(base, axis, values[:job.points], still, job.repeats)
     report(result)
-    if job.json:
-        with open(job.json, "w", encoding="utf-8") as file:
-            json.dump(result, file, indent=1)
+    kit.write_json(job.json, result)
+
+
+if __name__ == "__main__":
+    main()
