@@ -1,0 +1,108 @@
+"""The benchmarks at tiny sizes: their other ways compute what hov2 computes, and each script prints its table."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import grpo_step
+import media
+import rollout
+import scaling
+from thinker import random_completions, sampling_for
+
+TINY = ["--video-tokens", "128", "--audio-tokens", "10", "--text-tokens", "12", "--completion-tokens", "6",
+        "--generations", "3", "--layers", "2", "--hidden", "128", "--repeats", "1"]
+
+
+def tiny_job(*more):
+    return grpo_step.arguments(["--vocab", "320", "--completions-run", "3", *TINY, *more])
+
+
+def way_of(name, job):
+    grpo_step.setup(name, job)
+    return grpo_step.way
+
+
+@pytest.mark.parametrize("iterations", ["1", "2"])
+def test_log_probs_and_gradients_of_the_other_ways_equal_hov2s(iterations):
+    job, found = tiny_job("--iterations", iterations), {}
+    for name in grpo_step.WAYS:
+        way_of(name, job)
+        found[name] = grpo_step.step(job, 0)
+        assert sorted(found[name]["logps"]) == [0, 1, 2] and found[name]["norm"] > 0
+        assert (found[name]["cpu"].get("old", 0) > 0) == (name != "hov2" and iterations == "2")
+    assert not torch.equal(found["hov2"]["logps"][0], found["hov2"]["reference"][0])  # the reference is another model
+    for name in ("released", "batched"):
+        difference = grpo_step.differences([found[name]], [found["hov2"]])
+        assert difference["logps"] < 3e-6 and difference["reference"] < 3e-6 and difference["norm"] < 1e-5, name
+
+
+def test_greedy_tokens_are_the_same_in_all_ways():
+    job = tiny_job("--completion-tokens", "48")
+    sampling = sampling_for(job.vocab, 48, temperature=0)
+    tokens = {}
+    for name in grpo_step.WAYS:
+        way = way_of(name, job)
+        way.policy.eval()
+        with torch.no_grad():
+            tokens[name] = way.sample(2, sampling, 0).tolist()
+    assert len(set(tokens["hov2"][0])) > 5
+    assert tokens["released"] == tokens["batched"] == tokens["hov2"]
+
+
+def test_counted_flops_are_those_of_a_forward_pass():
+    job = tiny_job()
+    way, given = way_of("batched", job), random_completions(job.vocab, 3, 6)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        way.logps(way.policy, given)
+    counts = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    whole = next(count for name, count in counts.items() if name.endswith("language_model"))
+    length = len(way.inputs.prompt_ids) + 6
+    token, pair, head = grpo_step.unit_flops(job)
+    assert whole == 3 * (token * length + pair * length**2)  # this backend computes the masked half too
+    assert counts["Linear"] == 3 * 6 * head  # lm_head, called by itself
+
+
+def test_grpo_step_prints_its_table(capsys, tmp_path):
+    file = tmp_path / "out.json"
+    grpo_step.main(["--vocab", "320", "--ways", "hov2", "--json", str(file), *TINY])
+    out = capsys.readouterr().out
+    assert "| CPU seconds" in out and "GFLOP a CPU second" in out
+    assert json.loads(file.read_text())["ways"]["hov2"]["cpu"] > 0
+
+
+def test_rollout_prints_its_table(capsys):
+    rollout.main(["--vocab", "320", *TINY])
+    out = capsys.readouterr().out
+    assert "| tokens a CPU s " in out and "sampled 100%, greedy 100%" in out
+
+
+def test_media_prints_its_table(capsys, tmp_path):
+    file = tmp_path / "out.json"
+    media.main(["--synthesise", "vp9.webm", "--scale", "0.1", "--repeats", "1", "--json", str(file)])
+    assert "| vp9.webm" in capsys.readouterr().out
+    clip = json.loads(file.read_text())["clips"]["vp9.webm"]
+    assert clip["hov2"]["frames"] == [4, 3, 224, 420] and clip["hov2"]["samples"] == 32000
+
+
+def test_scaling_prints_its_table(capsys):
+    scaling.main(["--points", "2", "--video", "16", "--tokens", "4", "--generations", "2", "--vocab", "320",
+                  "--layers", "1", "--hidden", "64", "--repeats", "1", "--axes", "tokens", "vocab"])
+    out = capsys.readouterr().out
+    assert "| completion tokens" in out and "vocabulary: " in out
+
+
+def test_exponent_of_known_powers():
+    sizes = (1, 2, 4, 8)
+    assert scaling.exponent(sizes, [3 * s for s in sizes]) == pytest.approx(1)
+    assert scaling.exponent(sizes, [s**2 / 7 for s in sizes]) == pytest.approx(2)
+    assert scaling.exponent(sizes, [5, 5, 5, 5]) == pytest.approx(0)
+    assert math.isnan(scaling.exponent(sizes, [1, 2, 3, 0]))
