@@ -31,6 +31,7 @@ def _logits(hidden, weight, temperature):
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, tokens, temperature, chunk):
+        """As chunked_token_logps; keeps the normalisers (N,) for the backward pass, and no logits."""
         pieces = []
         for h, ids in zip(hidden.split(chunk), tokens.split(chunk)):
             logits = _logits(h, weight, temperature)
@@ -52,11 +53,13 @@ class _TokenLogps(torch.autograd.Function):
     def backward(ctx, grad, _):
         """With g = grad / temperature: d logits = g (one-hot(token) - p), a chunk at a time."""
         hidden, weight, tokens, normaliser = ctx.saved_tensors
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # frozen with LoRA
         parts = (x.split(ctx.chunk) for x in (hidden, tokens, normaliser, grad / ctx.temperature, grad_hidden))
         for h, ids, norm, g, out in zip(*parts):
             slope = _logits(h, weight, ctx.temperature).sub_(norm[:, None]).exp_().mul_(-g[:, None])
             slope = slope.scatter_add_(-1, ids[:, None], g[:, None]).to(weight.dtype)
             torch.mm(slope, weight, out=out)
-            grad_weight.addmm_(slope.t(), h)
+            if grad_weight is not None:
+                grad_weight.addmm_(slope.t(), h)
         return grad_hidden, grad_weight, None, None, None
