@@ -12,7 +12,7 @@ import re
 import string
 from pathlib import Path
 
-from hov2.data import CHOICE_TYPES, SPECIAL_TOKEN, DataError, Sample
+from hov2.data import CHOICE_TYPES, SPECIAL_TOKEN, DataError, Sample, text_field
 from hov2.results import mean
 from hov2.rewards import PROBLEM_TYPES, check_reference
 
@@ -53,21 +53,21 @@ def _read_intentbench(items, path):
     taken = set()
     for number, item in enumerate(items, 1):
         where = _object(item, f"{path}: record {number}")
-        video = _text(item, "path" if item.get("path") and not item.get("video") else "video", where)
+        video = text_field(item, "path" if item.get("path") and not item.get("video") else "video", where)
         name = video if item.get("qid") in (None, "") else str(item["qid"])
         name = f"{name}#{number}" if name in taken else name
         taken.add(name)
         fields = ("problem", "options", "solution" if item.get("solution") else "answer")
         extra = _without(item, *fields[:2], "solution", "problem_type", "data_type", "video", "path")
         yield _sample(item, where, path, name, fields, _find(path.parent, video, f"videos/{video}"), extra,
-                      _text(item, "problem_type", where))
+                      text_field(item, "problem_type", where))
 
 
 def _read_daily_omni(items, path):
     fields = ("Question", "Choice", "Answer")
     for number, item in enumerate(items, 1):
         where = _object(item, f"{path}: record {number}")
-        video = _text(item, "video_id", where)
+        video = text_field(item, "video_id", where)
         file = _find(path.parent, *(f"{folder}{video}/{video}_video.mp4" for folder in ("videos/", "", "Videos/")))
         yield _sample(item, where, path, f"{video}::{number}", fields, file, _without(item, *fields))
 
@@ -99,14 +99,6 @@ def _object(value, where):
     return where
 
 
-def _text(item, field, where):
-    if field not in item:
-        raise DataError(f"{where}: missing field {field!r}")
-    if not isinstance(item[field], str) or not item[field].strip():
-        raise DataError(f"{where}: {field}: expected text, got {item[field]!r}")
-    return item[field]
-
-
 def _without(item, *fields):
     return {key: value for key, value in item.items() if key not in fields}
 
@@ -114,7 +106,8 @@ def _without(item, *fields):
 def _sample(item, where, path, name, fields, video, extra, problem_type="multiple choice"):
     """A Sample; `fields` are the item's names for the question, its options and its answer. DataError if it has none.
     """
-    problem, options, answer = _text(item, fields[0], where), item.get(fields[1]), _text(item, fields[2], where)
+    options = item.get(fields[1])
+    problem, answer = (text_field(item, field, where) for field in fields[::2])
     if problem_type not in PROBLEM_TYPES:
         raise DataError(f"{where}: problem_type: unknown {problem_type!r}; known: {', '.join(PROBLEM_TYPES)}")
     if not isinstance(options or [], list) or not all(isinstance(o, str) and o.strip() for o in options or ()):

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from hov2.benchmarks import read_benchmark
 from hov2.config import BaseConfig, EvalConfig, MediaConfig, SFTConfig, read_config
-from hov2.data import DataError, Sample, SkipSample, load_media, make_inputs, read_source, take_slice
+from hov2.data import DataError, SkipSample, load_media, make_inputs, read_slice
 from hov2.media import MediaError
 from hov2.model import load_tokenizer
 from hov2.prompts import load_prompts
@@ -87,23 +87,12 @@ def parts_of(path, configs, media):
             continue
         name = f"{source.path} {source.slice}" if source else f"{config.benchmark} in {config.benchmark_root}"
         try:
-            samples, errors = (read_cut(source, config.seed) if source else
+            samples, errors = (read_slice(source, config.seed) if source else
                                (read_benchmark(config.benchmark, config.benchmark_root), []))
         except DataError as error:
             samples, errors = [], [error]
         yield Part(group, name, config, make, group == path and not isinstance(config, EvalConfig), samples,
                    [("bad record", None, str(error)) for error in errors])
-
-
-def read_cut(source, seed):
-    """The samples of the source's slice, and a DataError for each record that would stop a run or be left out of it."""
-    found = read_source(source)
-    cut = take_slice(found, source.slice, seed)
-    if not cut:
-        raise DataError(f"{source.path}: slice {source.slice!r} of {len(found)} records leaves none")
-    errors = [item for item in (found if source.on_bad_record == "error" else cut) if isinstance(item, DataError)]
-    return [item for item in cut if isinstance(item, Sample)], errors
-
 
 
 # ---- Looking at clips ----

@@ -28,7 +28,8 @@ from hov2.rewards import PROBLEM_TYPES, check_reference
 
 CHOICE_TYPES = ("multiple choice", "emer_ov_mc")  # these need options
 DATA_TYPES = ("image", "video", "audio", "image_audio", "text")
-RECORD_FIELDS = ("problem", "problem_type", "options", "solution", "data_type", "path", "id")
+RECORD_TEXTS = ("problem", "problem_type", "solution")
+RECORD_FIELDS = (*RECORD_TEXTS, "options", "data_type", "path", "id")
 SPECIAL_TOKEN = re.compile(r"<\|\w+\|>")  # how every special token of Qwen2.5-Omni looks
 END_OF_TURN = "<|im_end|>"
 POSITIONS_PER_SECOND, SECONDS_PER_CHUNK = 25, 2.0  # of the time-aligned layout; Qwen2.5-Omni's config
@@ -76,21 +77,30 @@ def read_samples(sources, seed=0):
     """
     samples = []
     for source in sources:
-        found = read_source(source)
-        bad = [error for error in found if isinstance(error, DataError)]
-        if bad and source.on_bad_record == "error":
-            raise DataError(f"{bad[0]} ({len(bad)} of {len(found)} records can't be used; the config's entry can leave "
-                            'them out: on_bad_record: "skip")')
-        cut = take_slice(found, source.slice, seed)
-        kept = [sample for sample in cut if isinstance(sample, Sample)]
+        kept, errors = read_slice(source, seed)
+        if errors and source.on_bad_record == "error":
+            raise DataError(f"{errors[0]} ({len(errors)} records can't be used; the config's entry can leave them out: "
+                            'on_bad_record: "skip")')
         if not kept:
-            raise DataError(f"{source.path}: slice {source.slice!r} of {len(found)} records leaves none")
-        if len(kept) < len(cut) and rank() == 0:
-            first = next(error for error in cut if isinstance(error, DataError))
-            warnings.warn(f"{source.path}: {len(cut) - len(kept)} of {len(cut)} records left out; first: {first}",
-                          stacklevel=2)
+            raise DataError(f"{source.path}: no record of slice {source.slice!r} can be used")
+        if errors and rank() == 0:
+            warnings.warn(f"{source.path}: {len(errors)} of {len(kept) + len(errors)} records left out; first: "
+                          f"{errors[0]}", stacklevel=2)
         samples += kept
     return samples
+
+
+def read_slice(source, seed=0):
+    """(samples of the source's slice, a DataError for each bad record that would stop a run or be left out of it).
+
+    Raises DataError for a file that can't be read as such, and for a slice without a record.
+    """
+    found = read_source(source)
+    cut = take_slice(found, source.slice, seed)
+    if not cut:
+        raise DataError(f"{source.path}: slice {source.slice!r} of {len(found)} records leaves none")
+    errors = [item for item in (found if source.on_bad_record == "error" else cut) if isinstance(item, DataError)]
+    return [item for item in cut if isinstance(item, Sample)], errors
 
 
 def read_source(source):
@@ -181,7 +191,7 @@ def _read_hov2(record, number, path, root):
     where = f"{path}: record {number}"
     if not isinstance(record, dict):
         raise DataError(f"{where}: expected an object, got {type(record).__name__}")
-    problem, problem_type, solution = (_text(record, name, where) for name in ("problem", "problem_type", "solution"))
+    problem, problem_type, solution = (text_field(record, name, where) for name in RECORD_TEXTS)
     if problem_type not in PROBLEM_TYPES:
         raise DataError(f"{where}: problem_type: unknown {problem_type!r}; known: {', '.join(PROBLEM_TYPES)}")
     options = _options(record, problem_type, where)
@@ -204,7 +214,8 @@ def _read_hov2(record, number, path, root):
     )
 
 
-def _text(record, name, where):
+def text_field(record, name, where):
+    """The text in a record's field `name`; DataError, which begins with `where`, if there is none."""
     if name not in record:
         raise DataError(f"{where}: missing field {name!r}")
     if not isinstance(record[name], str) or not record[name].strip():
@@ -238,8 +249,8 @@ def _paths(record, where):
     if isinstance(path, dict) and data_type != "video" or data_type == "image_audio":
         if not isinstance(path, dict) or set(path) != {"image", "audio"}:
             raise DataError(f"{where}: path: expected an object with image and audio, got {path!r}")
-        return "image_audio", {kind: _text(path, kind, f"{where}: path") for kind in ("image", "audio")}
-    return data_type, {data_type: _text(record, "path", where)}
+        return "image_audio", {kind: text_field(path, kind, f"{where}: path") for kind in ("image", "audio")}
+    return data_type, {data_type: text_field(record, "path", where)}
 
 
 # ---- A sample as model inputs ----
