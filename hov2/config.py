@@ -110,7 +110,7 @@ class BaseConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, float32 on CPU
     shard_within_node: bool = False  # true: each node holds a whole copy (HSDP), so that weights never cross nodes
     media: MediaConfig = field(default_factory=MediaConfig)
-    prompts: str | None = None  # JSON file that replaces words of prompts.py
+    prompts: str | None = None  # JSON file that replaces words of hov2/prompts.json
     max_prompt_length: int | None = None  # tokens, media included
     on_long_prompt: Literal["error", "skip", "fewer_frames"] = "error"
     encoding_cache: int = 0  # clips whose tower outputs are kept in memory (the towers are frozen, so this is exact)

@@ -127,6 +127,11 @@ def test_fill_replaces_each_placeholder_once():
     assert fill("{a} {b} {c} {", a="{b}", b=2) == "{b} 2 {c} {"
 
 
+def test_a_text_may_be_a_list_of_its_lines(tmp_path):
+    prompts = load_prompts(written(tmp_path, {"system": ["One.", "Two."], "options": ["Choose:", "{options}"]}))
+    assert prompts.words["system"] == "One.\nTwo." and prompts.words["options"] == "Choose:\n{options}"
+
+
 def test_a_replacement_changes_only_its_words(tmp_path):
     prompts = load_prompts(written(tmp_path, {"judge": {"system": "Richte."}}))
     assert prompts.words["judge"]["system"] == "Richte."
@@ -144,6 +149,7 @@ def test_a_replacement_changes_only_its_words(tmp_path):
         ),
         ({"zzz": "x"}, "unknown key 'zzz'; known keys: system, media"),
         ({"system": 3}, "system: expected text, got int"),
+        ({"system": ["x", 3]}, "system: expected text, got list"),
         ({"system": None}, "system: expected text, got NoneType"),
         ({"judge": "x"}, "judge: expected an object, got str"),
         (["system"], "expected an object, got list"),
