@@ -9,7 +9,6 @@ Writes `predictions.jsonl` (one line a question), `results.json` and the printed
 are kept in `output_dir/answers` as they come: a run that was killed goes on where it stopped when it is started again.
 """
 
-import functools
 import hashlib
 import json
 import sys
@@ -34,7 +33,7 @@ def main(config):
     run = start(config, device, trained=False)
     words = load_prompts(config.prompts).words
     words["system"] = system_text(config, run.tokenizer, words["system"])
-    run.make = functools.partial(run.make, prompts=Prompts(words))
+    run.make.prompts = Prompts(words)
     samples = (read_benchmark(config.benchmark, config.benchmark_root) if config.benchmark
                else read_samples(config.data, config.seed))
     evaluator = Evaluator(run, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size,

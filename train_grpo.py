@@ -77,7 +77,7 @@ def main(config):
     samples = read_samples(config.data, config.seed)
     order = PromptOrder(len(samples), config.prompts_per_step, config.seed)
     loader = StepLoader(samples, run.make, order, distributed.rank(), distributed.world_size(),
-                        max_bad_samples=config.max_bad_samples)
+                        max_bad_samples=config.max_bad_samples, workers=config.loader_workers)
     held_out = HeldOut(run)
     steps = order.total_steps(config.num_train_epochs, config.max_steps)
     checkpoints = Checkpoints(config, policy, optimizer, loader, held_out)
@@ -93,8 +93,9 @@ def main(config):
 
     for step in range(first, steps):
         # --- 1. Prompts: whole prompts of this rank, each clip through the towers once --------------------------------
-        with timer("data"):
+        with timer("data_wait"):
             loaded = loader.next_step(step)
+        with timer("encode"):
             groups = [Group(slot, index, sample, run.encoder(inputs))
                       for slot, (index, sample, inputs) in zip(loader.slots, loaded)]
             report_replaced(loader, step)
@@ -182,6 +183,7 @@ def main(config):
         export(policy, f"{config.output_dir}/model", config.model, distributed.compute_dtype(config.dtype, device))
         say(f"model: {config.output_dir}/model")
     checkpoints.close()
+    loader.close()
     log.close()
     distributed.cleanup()
 

@@ -34,7 +34,7 @@ def main(config):
     samples = read_samples(config.data, config.seed)
     order = PromptOrder(len(samples), config.samples_per_step, config.seed)
     loader = StepLoader(samples, run.make, order, distributed.rank(), distributed.world_size(),
-                        max_bad_samples=config.max_bad_samples)
+                        max_bad_samples=config.max_bad_samples, workers=config.loader_workers)
     held_out = HeldOut(run)
     steps = order.total_steps(config.num_train_epochs, config.max_steps)
     checkpoints = Checkpoints(config, policy, optimizer, loader, held_out)
@@ -45,8 +45,9 @@ def main(config):
 
     for step in range(first, steps):
         # --- Samples: prompts with their media encoded, and what the assistant should say -----------------------------
-        with timer("data"):
+        with timer("data_wait"):
             loaded = loader.next_step(step)
+        with timer("encode"):
             batch = [(run.encoder(inputs), encode_solution(sample, run.tokenizer)[None].to(device))
                      for _, sample, inputs in loaded]
             report_replaced(loader, step)
@@ -82,6 +83,7 @@ def main(config):
         export(policy, f"{config.output_dir}/model", config.model, distributed.compute_dtype(config.dtype, device))
         say(f"model: {config.output_dir}/model")
     checkpoints.close()
+    loader.close()
     log.close()
     distributed.cleanup()
 

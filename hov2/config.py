@@ -136,6 +136,7 @@ class TrainConfig(BaseConfig):
     lora: LoRAConfig | None = None  # null: all of the decoder's weights are trained
     gradient_checkpointing: bool = True
     logprob_chunk: int = 128  # tokens whose logits exist at a time
+    loader_workers: int = 0  # processes of a rank that read the next step's clips meanwhile; 0: read when needed
     max_bad_samples: float = 0.01  # share of the samples drawn that may be unusable before the run stops
     max_bad_steps: int = 10  # updates skipped for a loss or gradient that is not finite; more of them stop the run
     max_hours: float | None = None  # saves and ends in time before so many hours; leave the cluster's limit some more
@@ -155,8 +156,8 @@ class TrainConfig(BaseConfig):
             value = getattr(self, name, None)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}: at least 1, got {value}")
-        if min(self.save_steps, self.keep_last, self.keep_every) < 0:
-            raise ConfigError("save_steps, keep_last, keep_every: at least 0")
+        if min(self.save_steps, self.keep_last, self.keep_every, self.loader_workers) < 0:
+            raise ConfigError("save_steps, keep_last, keep_every, loader_workers: at least 0")
         if self.keep_every and not self.keep_last:
             raise ConfigError("keep_every: needs keep_last, without which all checkpoints are kept")
         for name in ("max_bad_steps", "max_hours", "hang_minutes"):

@@ -1,6 +1,5 @@
 """What the three scripts have in common before their loops begin: processes, model, words, judge, samples to inputs."""
 
-import functools
 import os
 import sys
 import traceback
@@ -11,7 +10,7 @@ import torch
 from hov2 import distributed, guard
 from hov2.checkpoint import CheckpointError
 from hov2.config import BaseConfig, ConfigError, config_from_argv, save_config
-from hov2.data import DataError, make_inputs
+from hov2.data import DataError, InputMaker
 from hov2.distributed import say
 from hov2.judge import Judge, JudgeError
 from hov2.model import Encoder, ModelError, Policy, load_policy, load_tokenizer
@@ -29,7 +28,7 @@ class Run:
     device: torch.device
     policy: Policy
     tokenizer: object
-    make: object
+    make: InputMaker
     encoder: Encoder
     judge: Judge | None
 
@@ -51,9 +50,7 @@ def start(config, device, trained=True):
     tokenizer = load_tokenizer(config.model)
     policy = load_policy(config, device, trained)
     encoder = Encoder(policy.thinker, device, config.encoding_cache)
-    make = functools.partial(make_inputs, tokenizer=tokenizer, prompts=prompts, media_config=config.media,
-                             max_prompt_length=config.max_prompt_length, on_long_prompt=config.on_long_prompt,
-                             known=encoder.known)
+    make = InputMaker(tokenizer, prompts, config.media, config.max_prompt_length, config.on_long_prompt, encoder.known)
     return Run(config, device, policy, tokenizer, make, encoder, judge)
 
 

@@ -63,7 +63,7 @@ def test_overrides(write):
     ({"seed": None}, "seed: expected int, got None"),
     ({"gradient_checkpointing": 1}, "gradient_checkpointing: expected bool, got 1"),
     ({"resume": True}, "resume: True is not one of 'auto', 'never'"),
-    ({"keep_last": -1}, "save_steps, keep_last, keep_every: at least 0"),
+    ({"keep_last": -1}, "keep_every, loader_workers: at least 0"),
     ({"keep_every": 100}, "keep_every: needs keep_last"),
     ({"loss_type": "tokens"}, "loss_type: 'tokens' is not one of 'token', 'grpo', 'dr_grpo', 'bnpo'"),
     ({"report_to": ["mlflow"]}, "report_to[0]: 'mlflow' is not one of 'tensorboard', 'wandb'"),

@@ -1,10 +1,15 @@
 """Reading samples, slices, prompts as token ids, the global order, and loading with replacements."""
 
 import json
+import pickle
+import subprocess
+import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,10 +19,21 @@ from transformers.models.qwen2_5_omni.processing_qwen2_5_omni import Qwen2_5Omni
 
 from hov2 import data
 from hov2.config import MediaConfig, Source
-from hov2.data import DataError, MediaShape, PromptOrder, Sample, SkipSample, StepLoader, make_inputs, read_samples
+from hov2.data import (
+    DataError,
+    InputMaker,
+    MediaShape,
+    PromptOrder,
+    Sample,
+    SkipSample,
+    StepLoader,
+    make_inputs,
+    read_samples,
+)
 from hov2.media import MediaError
 from hov2.prompts import load_prompts
 
+ROOT = Path(__file__).resolve().parent.parent
 RECORD = {"problem": "What does she intend?", "problem_type": "multiple choice", "options": ["A. joke", "B. threat"],
           "solution": "<context>c</context><think>t</think><answer>A</answer>", "data_type": "video", "path": "a.mp4"}
 
@@ -449,3 +465,73 @@ def test_data_errors_stop_every_rank():
 def test_uneven_share_is_an_error():
     with pytest.raises(DataError, match="4 samples a step can't be shared evenly by 3 processes"):
         StepLoader(SAMPLES, maker(), ORDER, 0, 3)
+
+
+# ---- Processes that read ahead ----
+
+
+def maker_of(known):
+    return InputMaker(tiny_tokenizer(), load_prompts(), MediaConfig(fps=4, max_frames=4), None, "error", known)
+
+
+@pytest.fixture
+def six(tmp_path):
+    """Six samples with a clip each; the third can't be read."""
+    (tmp_path / "2.mp4").write_bytes(b"no clip")
+    for i in (0, 1, 3, 4, 5):
+        synth_clip(tmp_path / f"{i}.mp4", seed=i)
+    return [Sample(str(i), "What?", "judge", None, "<answer>yes</answer>", "video", {"video": str(tmp_path / f"{i}.mp4")})
+            for i in range(6)]
+
+
+def test_processes_that_read_ahead_load_the_same(six):
+    def load(workers):
+        known, found = {}, []
+        loader = StepLoader(six, maker_of(known), PromptOrder(6, 2, seed=0), max_bad_samples=1.0, workers=workers)
+        for step in range(6):
+            if workers and step:  # the next step's are on their way, or known
+                assert sorted(loader.ahead) == sorted(loader.order.step(step))
+            for index, sample, inputs in loader.next_step(step):
+                if inputs.pixel_values is not None and len(known) < 2:
+                    known[inputs.media_key] = inputs.shape
+                found.append((index, sample.id, inputs))
+        loader.close()
+        return found, loader.state_dict()
+
+    (plain, state), (ahead, state_ahead) = load(0), load(1)
+    assert state == state_ahead and state["replaced"]
+    for (i, name, a), (j, other, b) in zip(plain, ahead, strict=True):
+        assert (i, name, a.media_key) == (j, other, b.media_key) and torch.equal(a.prompt_ids, b.prompt_ids)
+        if a.pixel_values is not None and b.pixel_values is not None:  # read ahead, before the encoder knew the clip
+            assert torch.equal(a.pixel_values, b.pixel_values) and torch.equal(a.mel, b.mel)
+
+
+def runs(pid):
+    """Whether the process is there, and not just waiting for someone to ask how it ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_processes_that_read_end_with_the_one_that_trains(six, tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(f"""
+import os, pickle, sys
+sys.path[:0] = {[str(ROOT), str(ROOT / "tests")]!r}
+if __name__ == "__main__":
+    from test_data import PromptOrder, StepLoader, maker_of
+    samples = pickle.loads({pickle.dumps(six[:2])!r})
+    loader = StepLoader(samples, maker_of({{}}), PromptOrder(2, 1, seed=0), workers=1)
+    loader.next_step(0)
+    print(*loader.readers._processes, flush=True)
+    os.kill(os.getpid(), 9)
+""")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == -9 and done.stdout.split(), done.stderr[-2000:]
+    deadline = time.monotonic() + 60
+    while any(runs(pid) for pid in done.stdout.split()):
+        assert time.monotonic() < deadline, "a reader outlives its trainer"
+        time.sleep(0.05)

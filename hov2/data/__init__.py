@@ -9,10 +9,12 @@ to which step, for any number of ranks, and `StepLoader` loads a rank's share of
 import functools
 import json
 import math
+import multiprocessing.connection
 import os
 import re
+import threading
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import astuple, dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
@@ -32,6 +34,7 @@ RECORD_TEXTS = ("problem", "problem_type", "solution")
 RECORD_FIELDS = (*RECORD_TEXTS, "options", "data_type", "path", "id")
 SPECIAL_TOKEN = re.compile(r"<\|\w+\|>")  # how every special token of Qwen2.5-Omni looks
 END_OF_TURN = "<|im_end|>"
+THREADS = 4  # that read a step's clips where no processes do
 POSITIONS_PER_SECOND, SECONDS_PER_CHUNK = 25, 2.0  # of the time-aligned layout; Qwen2.5-Omni's config
 
 
@@ -300,7 +303,7 @@ def make_inputs(sample, tokenizer, prompts, media_config, *, max_prompt_length=N
     MediaError for a file that can't be used.
     """
     while True:
-        key = (tuple(sample.paths.items()), *astuple(media_config)) if sample.paths else ()
+        key = media_key(sample, media_config)
         if known is not None and key in known:
             shape, pixel_values, mel = known[key], None, None
         else:
@@ -315,6 +318,34 @@ def make_inputs(sample, tokenizer, prompts, media_config, *, max_prompt_length=N
         if on_long_prompt == "skip" or frames <= 2 or media_config.max_frames <= 2:
             raise SkipSample(message)
         media_config = replace(media_config, max_frames=max(2, min(frames, media_config.max_frames) // 4 * 2))
+
+
+def media_key(sample, media_config):
+    """What a clip's encoding depends on: its files and how they are read; () for text alone."""
+    return (tuple(sample.paths.items()), *astuple(media_config)) if sample.paths else ()
+
+
+@dataclass
+class InputMaker:
+    """make_inputs with a run's settings: `maker(sample) -> Inputs`. Sent to another process, it knows no clips."""
+
+    tokenizer: object
+    prompts: object
+    media_config: object
+    max_prompt_length: int | None
+    on_long_prompt: str
+    known: dict  # of model.Encoder
+
+    def __call__(self, sample):
+        return make_inputs(sample, self.tokenizer, self.prompts, self.media_config, known=self.known,
+                           max_prompt_length=self.max_prompt_length, on_long_prompt=self.on_long_prompt)
+
+    def __getstate__(self):
+        return vars(self) | {"known": {}}
+
+    def knows(self, sample):
+        """Whether the sample's clip need not be read again."""
+        return media_key(sample, self.media_config) in self.known
 
 
 def load_media(paths, settings):
@@ -442,14 +473,22 @@ class StepLoader:
     slot order over all ranks, until every slot is filled; `replaced` names each case. `gather(value)` returns every
     rank's value, in rank order. The run stops with a DataError when more than `max_bad_samples` (a share) of the
     samples drawn were bad; as long as fewer have been drawn than there are samples, the share is of the latter.
+
+    With `workers`, so many processes read the next step's clips while this one is trained on (`make` is then an
+    InputMaker); else threads read them when they are needed. What is loaded is the same.
     """
 
     def __init__(self, samples, make, order, rank=0, world_size=1, gather=gather_objects, max_bad_samples=0.01,
-                 threads=4):
+                 workers=0):
         if order.prompts_per_step % world_size:
             raise DataError(f"{order.prompts_per_step} samples a step can't be shared evenly by {world_size} processes")
         self.samples, self.make, self.order, self.gather = samples, make, order, gather
-        self.max_bad_samples, self.threads = max_bad_samples, threads
+        self.max_bad_samples = max_bad_samples
+        self.threads, self.readers = ThreadPoolExecutor(THREADS), None
+        if workers:
+            spawn = multiprocessing.get_context("spawn")
+            self.readers = ProcessPoolExecutor(workers, spawn, _begin_reading, (make,))
+        self.ahead = {}  # sample index -> future, of the next step
         share = order.prompts_per_step // world_size
         self.slots = range(rank * share, (rank + 1) * share)
         self.drawn, self.spares_used, self.replaced = 0, 0, []
@@ -461,13 +500,16 @@ class StepLoader:
         todo = list(self.slots)
         while True:
             failures = []
-            for slot, result in zip(todo, self._load([self.samples[indices[slot]] for slot in todo])):
+            futures = [self.ahead.pop(indices[slot], None) or self._begin(indices[slot]) for slot in todo]
+            for slot, result in zip(todo, [future.result() for future in futures]):
                 if isinstance(result, Exception):
                     failures.append((slot, indices[slot], str(result), isinstance(result, DataError)))
                 else:
                     loaded[slot] = (indices[slot], self.samples[indices[slot]], result)
             failures = sorted(failure for of_rank in self.gather(failures) for failure in of_rank)
             if not failures:
+                following = self.order.step(step + 1)
+                self.ahead = {following[slot]: self._begin(following[slot]) for slot in self.slots if self.readers}
                 return [loaded[slot] for slot in self.slots]
             for slot, index, reason, fatal in failures:
                 if fatal:
@@ -488,18 +530,17 @@ class StepLoader:
         """Takes up what state_dict() returned."""
         self.drawn, self.spares_used, self.replaced = state["drawn"], state["spares_used"], list(state["replaced"])
 
-    def _load(self, samples):
-        """Inputs, or the exception that says why not, of each sample, in order; decoding runs in a few threads."""
-        if len(samples) < 2:
-            return [self._try(sample) for sample in samples]
-        with ThreadPoolExecutor(self.threads) as pool:
-            return list(pool.map(self._try, samples))
+    def close(self):
+        """Ends the reading of what won't be needed."""
+        for pool in filter(None, (self.threads, self.readers)):
+            pool.shutdown(cancel_futures=True)
 
-    def _try(self, sample):
-        try:
-            return self.make(sample)
-        except (DataError, MediaError, SkipSample) as error:
-            return error
+    def _begin(self, index):
+        """A future of the sample's Inputs, or of the exception that says why there are none."""
+        sample = self.samples[index]
+        if self.readers and not self.make.knows(sample):
+            return self.readers.submit(_read_here, sample)
+        return self.threads.submit(_tried, self.make, sample)
 
     def _check_share(self, in_this_step):
         bad, seen = len(self.replaced), max(self.drawn, len(self.samples))
@@ -508,3 +549,23 @@ class StepLoader:
         first = "".join(f"\n  {entry['id']}: {entry['reason']}" for entry in self.replaced[:5])
         raise DataError(f"{bad} of {self.drawn} samples drawn can't be used, more than max_bad_samples = "
                         f"{self.max_bad_samples} allows; the first ones:{first}")
+
+
+def _tried(make, sample):
+    try:
+        return make(sample)
+    except (DataError, MediaError, SkipSample) as error:
+        return error
+
+
+def _begin_reading(make):
+    """In a process that reads: takes its InputMaker, one thread, and an end when the process that trains has ended."""
+    global _make
+    _make = make
+    torch.set_num_threads(1)
+    trains = multiprocessing.parent_process().sentinel
+    threading.Thread(target=lambda: (multiprocessing.connection.wait([trains]), os._exit(0)), daemon=True).start()
+
+
+def _read_here(sample):
+    return _tried(_make, sample)
