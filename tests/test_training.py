@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -260,3 +261,12 @@ def test_bad_input_ends_a_script_with_one_clear_line(lab, overrides, message):
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and message in errors[0] and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["token-1", "held-out"])
+def test_every_metric_is_documented(lab, name):
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    metrics = [json.loads(line) for line in (lab / name / "metrics.jsonl").read_text().splitlines()]
+    for key in set().union(*metrics) - {"step"}:
+        general = re.sub(r"^rewards/\w+/", "rewards/NAME/", re.sub(r"^judge/faults/\w+", "judge/faults/KIND", key))
+        assert f"`{general}`" in text, key
