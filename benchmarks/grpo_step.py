@@ -1,8 +1,7 @@
 """One GRPO step three ways, on the same random thinker, prompt and completions: CPU seconds, memory, FLOPs.
 
     python benchmarks/grpo_step.py                     G=8, 1,563 prompt tokens, 128 completion tokens: 6 minutes
-    python benchmarks/grpo_step.py --vocab 2048        a head as cheap, beside the layers, as the 7B's
-    python benchmarks/grpo_step.py --iterations 2 --json FILE
+    python benchmarks/grpo_step.py --vocab 2048        a head as cheap, beside the layers, as the 7B's; --iterations 2
 
 - released: as HumanOmniV2's published trainer works. Batch size 1: each completion by itself, sampled by transformers'
   `generate`, scored by transformers' forward over prompt and completion, log_softmax over all positions.
@@ -17,6 +16,7 @@ same for all: reading media, rewards, the optimiser.
 """
 
 import argparse
+from contextlib import nullcontext
 
 import kit
 import torch
@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hov2 import distributed
 from hov2.grpo import grpo_loss
 from hov2.model import Encoder, Policy, tower_parameters
+from hov2.optim import clip_gradients
 from hov2.prefix import group_logps
 from hov2.rollout import generate, make_generator
 
@@ -57,10 +58,9 @@ class Transformers:
         """`rows` completions (rows, T), each row with its own copy of the prompt."""
         torch.manual_seed(seed)
         ids = self.inputs.prompt_ids.repeat(rows, 1)
-        greedy = sampling.temperature == 0
-        how = {} if greedy else {"temperature": sampling.temperature, "top_k": sampling.top_k}
+        how = {"temperature": sampling.temperature, "top_k": sampling.top_k} if sampling.temperature else {}
         output = self.policy.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=not greedy, **how, **self.media(rows),
+            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=bool(how), **how, **self.media(rows),
             max_new_tokens=sampling.max_completion_length, suppress_tokens=sampling.suppressed_ids.tolist(),
             pad_token_id=sampling.pad_id)
         return output[:, ids.shape[1]:]
@@ -118,22 +118,23 @@ class Hov2:
             return Policy(thinker)
         if not torch.distributed.is_initialized():
             distributed.setup()
-        return distributed.shard(Policy(thinker), torch.device("cpu"), torch.float32, tower_parameters(thinker))
+        mesh = distributed.make_mesh(torch.device("cpu"))
+        return distributed.shard(Policy(thinker), mesh, torch.float32, tower_parameters(thinker))
 
     batches = Batched.batches
 
     def sample(self, rows, sampling, seed):
         """`rows` completions (rows, T) of the prompt, which is encoded here once for the whole step."""
         self.prompt = self.encoder(self.inputs)
-        arguments = [self.prompt], rows, sampling, [make_generator("cpu", seed)]
-        if not self.sharded:
-            return self.policy(generate, *arguments)[0].completion_ids
-        with distributed.unsharded(self.policy):
-            return self.policy(generate, *arguments)[0].completion_ids
+        with distributed.unsharded(self.policy) if self.sharded else nullcontext():
+            return self.policy(generate, [self.prompt], rows, sampling, [make_generator("cpu", seed)])[0].completion_ids
 
     def logps(self, model, completions):
         """(G, T) log-probs."""
-        return model(group_logps, [self.prompt], [completions])[0][0]
+        logps = model(group_logps, [self.prompt], [completions])[0][0]
+        if self.sharded and model is self.reference:
+            distributed.reshard(model)
+        return logps
 
 
 WAYS = {"released": Released, "batched": Batched, "hov2": Hov2}
@@ -159,7 +160,7 @@ def setup(name, job):
 def step(job, repetition):
     """One step: {"cpu", "wall": {phase: seconds}, "logps", "reference": {completion: (T,)}, "norm", "growth"}.
 
-    Where only some of the completions are run (released), seconds are scaled to all of them.
+    Where only some of the completions are run (released), seconds are scaled to all.
     """
     completions = random_completions(job.vocab, job.generations, job.completion_tokens)
     sampling = sampling_for(job.vocab, job.completion_tokens)
@@ -192,8 +193,7 @@ def step(job, repetition):
         found["logps"] |= dict(zip(batch, logps.detach().clone()))
         found["reference"] |= dict(zip(batch, reference))
     found["growth"] = memory.growth() if "memory" in globals() else None
-    found["norm"] = float(torch.nn.utils.get_total_norm(
-        [p.grad for p in way.policy.parameters() if p.grad is not None]))
+    found["norm"] = float(clip_gradients(way.policy, float("inf")))
     way.policy.zero_grad(set_to_none=True)
     for handle in handles:
         handle.remove()
@@ -340,10 +340,9 @@ def arguments(argv=None):
 
 def main(argv=None):
     """Runs, prints, and writes the JSON file if there is to be one."""
-    job = arguments(argv)
-    result = run(job)
+    result = run(arguments(argv))
     report(result)
-    kit.write_json(job.json, result)
+    kit.write_json(result["job"]["json"], result)
 
 
 if __name__ == "__main__":

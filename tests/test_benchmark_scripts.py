@@ -73,7 +73,7 @@ def test_counted_flops_are_those_of_a_forward_pass():
 
 def test_grpo_step_prints_its_table(capsys, tmp_path):
     file = tmp_path / "out.json"
-    grpo_step.main(["--vocab", "320", "--ways", "hov2", "--json", str(file), *TINY])
+    grpo_step.main(["--vocab", "320", "--ways", "hov2", "--sharded", "--json", str(file), *TINY])
     out = capsys.readouterr().out
     assert "| CPU seconds" in out and "GFLOP a CPU second" in out
     assert json.loads(file.read_text())["ways"]["hov2"]["cpu"] > 0
