@@ -144,3 +144,11 @@ def machine():
     """One line on what the figures were measured on."""
     return (f"torch {torch.__version__}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} "
             f"(1 min, at the start)")
+
+
+def parse(parser, argv=None):
+    """The command line, with the options that scripts have in common."""
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", metavar="FILE")
+    return parser.parse_args(argv)

@@ -202,10 +202,7 @@ def arguments(argv=None):
     parser.add_argument("clips", nargs="*", help="files to read, beside the synthesised ones")
     parser.add_argument("--synthesise", nargs="*", default=list(CLIPS), choices=list(CLIPS))
     parser.add_argument("--scale", type=float, default=1.0, help="of the synthesised clips' lengths")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", metavar="FILE")
-    return parser.parse_args(argv)
+    return kit.parse(parser, argv)
 
 
 def main(argv=None):

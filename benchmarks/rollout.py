@@ -3,8 +3,7 @@
     python benchmarks/rollout.py                      4 prompts of different lengths x 8 completions, two vocabularies
     python benchmarks/rollout.py --vocab 2048 --json FILE
 
-Completions are about as long, beside their prompts, as the paper's (256 of 1,213 to 1,843 tokens). Both are
-`hov2.rollout.generate`, once with all prompts and once with one at a time. The towers' work is done before: it
+Both are `hov2.rollout.generate`, once with all prompts and once with one at a time. The towers' work is done before: it
 is the same. Then the tokens of both are compared, sampled (each prompt has its own generator) and greedy.
 """
 
@@ -107,7 +106,7 @@ def arguments(argv=None):
     parser = argparse.ArgumentParser(description="Prompts decoded together against one after the other.")
     parser.add_argument("--vocab", type=int, nargs="+", default=[2048, 32768])
     sizes = {"prompts": 4, "generations": 8, "video-tokens": 1024, "audio-tokens": 375, "text-tokens": 160,
-             "completion-tokens": 256, "layers": 6, "hidden": 256, "repeats": 3, "threads": 1}
+             "completion-tokens": 128, "layers": 6, "hidden": 256, "repeats": 3, "threads": 1}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--json", metavar="FILE")

@@ -156,10 +156,7 @@ def arguments(argv=None):
     parser.add_argument("--points", type=int, default=4, help="sizes on each axis, from the smallest")
     for name, default in asdict(Size()).items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", metavar="FILE")
-    return parser.parse_args(argv)
+    return kit.parse(parser, argv)
 
 
 def main(argv=None):

@@ -19,7 +19,7 @@ import sys
 import warnings
 from collections import Counter, defaultdict
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import av
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from hov2.benchmarks import read_benchmark
 from hov2.config import BaseConfig, EvalConfig, MediaConfig, SFTConfig, read_config
-from hov2.data import DataError, SkipSample, load_media, make_inputs, read_slice
+from hov2.data import DataError, InputMaker, MediaShape, SkipSample, load_media, media_key, read_slice
 from hov2.media import MediaError
 from hov2.model import load_tokenizer
 from hov2.prompts import load_prompts
@@ -49,7 +49,7 @@ class Part:
     group: str  # whose clips these are: the config, or its held-out questions
     name: str
     config: BaseConfig
-    make: object  # make_inputs with the config's settings; None: prompts aren't, or needn't be, measured
+    make: InputMaker | None  # None: prompts aren't, or needn't be, measured
     trained: bool  # on these solutions
     samples: list
     problems: list  # (one of COLUMNS, sample id or None, reason)
@@ -60,16 +60,14 @@ class Part:
 
 
 def prompt_maker(config, prompts, configs):
-    """make_inputs with the config's settings and `prompts`. Raises ModelError.
+    """The InputMaker of a config, with `prompts`. Raises ModelError.
 
     A model that isn't there yet, because another of `configs` is to make it, will have that one's tokenizer.
     """
     name, made = config.model, {Path(other.output_dir, "model"): other.model for other in configs}
     for _ in configs:
         name = name if Path(name).exists() else made.get(Path(name), name)
-    return functools.partial(
-        make_inputs, tokenizer=load_tokenizer(name), prompts=prompts, media_config=config.media,
-        max_prompt_length=config.max_prompt_length, on_long_prompt=config.on_long_prompt)
+    return InputMaker(load_tokenizer(name), prompts, config.media, config.max_prompt_length, config.on_long_prompt, {})
 
 
 def parts_of(path, configs, media):
@@ -87,8 +85,8 @@ def parts_of(path, configs, media):
             continue
         name = f"{source.path} {source.slice}" if source else f"{config.benchmark} in {config.benchmark_root}"
         try:
-            samples, errors = (read_slice(source, config.seed) if source else
-                               (read_benchmark(config.benchmark, config.benchmark_root), []))
+            samples, errors, _ = (read_slice(source, config.seed) if source else
+                                  (read_benchmark(config.benchmark, config.benchmark_root), [], None))
         except DataError as error:
             samples, errors = [], [error]
         yield Part(group, name, config, make, group == path and not isinstance(config, EvalConfig), samples,
@@ -146,18 +144,17 @@ def probe(paths):
 
 def look_at_all(parts, media, workers):
     """Fills the parts' problems and media; a clip of several samples is looked at once."""
-    def media_key(part, sample):  # as make_inputs has it
-        return tuple(sample.paths.items()), *astuple(part.config.media)
-
-    keys = list(dict.fromkeys(media_key(part, sample) for part in parts for sample in part.samples))
+    keys = list(dict.fromkeys(media_key(s, part.config.media) for part in parts for s in part.samples if s.paths))
     clips = dict(zip(keys, run_all(functools.partial(look_at, media=media), keys, workers, "clips")))
     known = {key: shape for key, (_, shape) in clips.items() if shape}
     for part in parts:
+        if part.make:
+            part.make.known = known
         for sample in part.samples:
-            problem, shape = clips[media_key(part, sample)]
+            problem, shape = clips.get(media_key(sample, part.config.media), (None, MediaShape()))
             if shape and part.make:
                 try:
-                    part.make(sample, known=known)
+                    part.make(sample)
                 except (DataError, SkipSample) as error:
                     problem = "too long", str(error)
             if problem:
@@ -193,7 +190,6 @@ def shared_clips(parts, media, workers):
             theirs = {digests.get(path, path) for path in others}
             shared["content"] = sorted(path for path in paths if digests.get(path, path) in theirs)
         yield one, other, shared
-
 
 
 # ---- The report ----

@@ -203,7 +203,6 @@ class GRPOConfig(TrainConfig):
     alarms: AlarmConfig = field(default_factory=AlarmConfig)
     dump_every: int = 1  # steps between rollout dumps; 0: never
 
-
     def __post_init__(self):
         """Refuses values that can't train."""
         super().__post_init__()

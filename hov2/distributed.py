@@ -69,6 +69,11 @@ def say(text):
         print(text, flush=True)
 
 
+def store():
+    """The process group's key-value store, which answers also while other ranks wait in a collective."""
+    return dist.distributed_c10d._get_default_store()  # torch has no public way to it
+
+
 def gather_objects(value, group=None):
     """Every rank's `value` (any small picklable object), in rank order, on every rank; `group`: another one of all."""
     values = [None] * world_size()

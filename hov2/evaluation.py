@@ -15,12 +15,11 @@ from fractions import Fraction
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from hov2.config import ConfigError
 from hov2.data import SkipSample, read_samples
-from hov2.distributed import barrier, compute_dtype, gather_objects, rank, unsharded, world_size
+from hov2.distributed import barrier, compute_dtype, gather_objects, rank, store, unsharded, world_size
 from hov2.guard import beat
 from hov2.media import MediaError
 from hov2.model import set_training
@@ -215,8 +214,8 @@ def _turns(count):
     if world_size() == 1:
         yield from range(count)
         return
-    name, store = f"hov2/turns/{next(_rounds)}", dist.distributed_c10d._get_default_store()
-    while (turn := store.add(name, 1) - 1) < count:
+    name = f"hov2/turns/{next(_rounds)}"
+    while (turn := store().add(name, 1) - 1) < count:
         yield turn
 
 

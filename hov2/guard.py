@@ -20,7 +20,7 @@ import traceback
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from hov2.distributed import gather_objects, rank, say, world_size
+from hov2.distributed import gather_objects, rank, say, store, world_size
 
 BEGAN = time.monotonic()  # this process did, or nearly so
 GRACE = 3.0  # seconds after which a rank follows one that failed: torchrun has seen that one first, and names it
@@ -46,30 +46,30 @@ def beat(phase, step=None):
 @functools.cache
 def watch(hang_minutes):
     """Starts this rank's watch, once in a process; needs the process group. `hang_minutes` 0: hangs aren't said."""
-    thread = threading.Thread(target=_watch, args=(_store().clone(), hang_minutes), daemon=True)  # own connection
+    thread = threading.Thread(target=_watch, args=(store().clone(), hang_minutes), daemon=True)  # own connection
     thread.start()
     atexit.register(thread.join, GRACE)  # a thread inside the store's code would take the process down as Python ends
     atexit.register(_over.set)  # runs first
 
 
-def _watch(store, hang_minutes):
+def _watch(others, hang_minutes):
     known = reported = None
     with contextlib.suppress(RuntimeError):  # the store is gone, and with it the node of rank 0
-        while not _over.wait(1.0) and not store.check([FAILED]):
+        while not _over.wait(1.0) and not others.check([FAILED]):
             if known is not _place:
                 known = _place
-                store.set(f"{PLACE}{rank()}", json.dumps([*known, rank()]))
+                others.set(f"{PLACE}{rank()}", json.dumps([*known, rank()]))
             if hang_minutes and reported is not known and time.time() - known[0] > 60 * hang_minutes:
                 reported = known
-                _report_hang(store)
+                _report_hang(others)
     if not _over.wait(GRACE):
         os._exit(1)  # quietly: the rank that failed says why, and a collective without it never ends
 
 
-def _report_hang(store):
+def _report_hang(others):
     """Says who is where, the longest first: on that rank, with its stack, and on rank 0, as that one may be dead."""
-    keys = [key for key in (f"{PLACE}{r}" for r in range(world_size())) if store.check([key])]
-    places = sorted(json.loads(store.get(key)) for key in keys)[:8]
+    keys = [key for key in (f"{PLACE}{r}" for r in range(world_size())) if others.check([key])]
+    places = sorted(json.loads(others.get(key)) for key in keys)[:8]
     lines = [f"rank {r} has been in '{phase}' for {(time.time() - since) / 60:.0f} min (step {step})"
              for since, step, phase, r in places]
     if rank() == places[0][-1]:
@@ -87,16 +87,12 @@ def first_to_fail(error):
     first, joined, me = True, dist.is_initialized(), str(rank())
     if joined:
         with contextlib.suppress(RuntimeError):  # the store is gone
-            first = _store().compare_set(FAILED, "", me) == me.encode()
+            first = store().compare_set(FAILED, "", me) == me.encode()
     if not first or (not joined and rank()):  # before there is a group, rank 0 most likely says the same
         time.sleep(GRACE)  # torchrun ends this process meanwhile
     if first:
         get_error_handler().record_exception(error.with_traceback(None))
     return first
-
-
-def _store():
-    return dist.distributed_c10d._get_default_store()
 
 
 # --- where a run ends, updates that don't count -----------------------------------------------------------------------
@@ -115,7 +111,7 @@ class Guard:
 
     def __init__(self, config, first_step, history):
         self.config, self.history, self._losses, self._said = config, history, [], set()
-        self.bad_steps = history[-1].get("guard/bad_steps", 0) if history else 0
+        self.bad_steps = gather_objects(history[-1].get("guard/bad_steps", 0) if history else 0)[0]
         self._signal, self._longest, self._boundary = None, 0.0, time.monotonic()
         beat("start", first_step)
         for number in (signal.SIGTERM, signal.SIGUSR1):

@@ -51,9 +51,9 @@ def fail(config):
     guard.watch(0.01)
     if distributed.rank() == 1:
         with timer("rollout"):
-            guard._store().set("in rollout", "")
+            distributed.store().set("in rollout", "")
             stuck_here(reported)
-    guard._store().wait(["in rollout"])
+    distributed.store().wait(["in rollout"])
     with timer("logps"):
         distributed.global_sum(torch.ones(1)) if distributed.rank() == 2 else threading.Event().wait()
 

@@ -154,7 +154,7 @@ def test_bad_records_are_an_error_or_left_out(tmp_path):
     records = [video_r1(), video_r1(solution="<answer>?</answer>"), video_r1(), video_r1(), "text"]
     path = write(tmp_path / "x.json", records)
     message = refused(path, "video-r1")
-    assert message.startswith(f"{path}: record 2: solution ") and "(2 records can't be used; " in message
+    assert message.startswith(f"{path}: record 2: solution ") and "2 of 5 records can't be used" in message
     assert 'on_bad_record: "skip"' in message
     with pytest.warns(UserWarning, match=r"x\.json: 2 of 5 records left out; first: .*record 2: solution"):
         kept = read(path, "video-r1", on_bad_record="skip")

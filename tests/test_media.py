@@ -36,20 +36,9 @@ from transformers import WhisperFeatureExtractor
 from hov2 import media
 from hov2.media import MediaError, frame_indices, log_mel, patchify, read_media, smart_resize
 
+pytestmark = pytest.mark.usefixtures("no_stray_warnings")
+
 PEERS = json.loads((Path(__file__).parent / "golden" / "media_peers.json").read_text())
-
-
-@pytest.fixture(autouse=True)
-def no_stray_warnings():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
-
-
-@pytest.fixture
-def native(monkeypatch):
-    """Frames at the size they have in the file."""
-    monkeypatch.setattr(media, "_resize", lambda picture, size: picture.contiguous())
 
 
 # The real clips

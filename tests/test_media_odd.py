@@ -20,22 +20,11 @@ from mediakit import DATA, decibels, every_frame, moving_picture, pixels, tone, 
 from hov2 import media
 from hov2.media import MediaError, frame_indices, read_media
 
+pytestmark = pytest.mark.usefixtures("no_stray_warnings")
+
 HERE = Path(__file__).parent
 PICTURES = {case["name"]: base64.b64decode(case["file"])
             for case in json.loads((HERE / "golden" / "media_peers.json").read_text())["pictures"]}
-
-
-@pytest.fixture(autouse=True)
-def no_stray_warnings():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
-
-
-@pytest.fixture
-def native(monkeypatch):
-    """Frames at the size they have in the file."""
-    monkeypatch.setattr(media, "_resize", lambda picture, size: picture.contiguous())
 
 
 @pytest.fixture

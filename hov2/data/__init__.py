@@ -80,21 +80,22 @@ def read_samples(sources, seed=0):
     """
     samples = []
     for source in sources:
-        kept, errors = read_slice(source, seed)
+        kept, errors, count = read_slice(source, seed)
         if errors and source.on_bad_record == "error":
-            raise DataError(f"{errors[0]} ({len(errors)} records can't be used; the config's entry can leave them out: "
-                            'on_bad_record: "skip")')
+            raise DataError(f"{errors[0]} ({len(errors)} of {count} records can't be used; the config's entry can "
+                            'leave them out: on_bad_record: "skip")')
         if not kept:
             raise DataError(f"{source.path}: no record of slice {source.slice!r} can be used")
         if errors and rank() == 0:
-            warnings.warn(f"{source.path}: {len(errors)} of {len(kept) + len(errors)} records left out; first: "
-                          f"{errors[0]}", stacklevel=2)
+            warnings.warn(f"{source.path}: {len(errors)} of {count} records left out; first: {errors[0]}", stacklevel=2)
         samples += kept
     return samples
 
 
 def read_slice(source, seed=0):
-    """(samples of the source's slice, a DataError for each bad record that would stop a run or be left out of it).
+    """(samples of the source's slice, a DataError for each bad record, records looked through for such).
+
+    These are all of the source's where one of them would stop a run, and the slice's where they are left out.
 
     Raises DataError for a file that can't be read as such, and for a slice without a record.
     """
@@ -102,8 +103,9 @@ def read_slice(source, seed=0):
     cut = take_slice(found, source.slice, seed)
     if not cut:
         raise DataError(f"{source.path}: slice {source.slice!r} of {len(found)} records leaves none")
-    errors = [item for item in (found if source.on_bad_record == "error" else cut) if isinstance(item, DataError)]
-    return [item for item in cut if isinstance(item, Sample)], errors
+    looked = found if source.on_bad_record == "error" else cut
+    errors = [item for item in looked if isinstance(item, DataError)]
+    return [item for item in cut if isinstance(item, Sample)], errors, len(looked)
 
 
 def read_source(source):
