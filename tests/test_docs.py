@@ -3,6 +3,7 @@ apply and run, figures are those of docs/figures.py; and the claims of method.md
 
 import ast
 import itertools
+import json
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import tiny_thinker, tiny_tokenizer
 
 from hov2.config import EvalConfig, GRPOConfig, SFTConfig
 from hov2.grpo import group_advantages, grpo_loss, token_terms
@@ -86,7 +88,7 @@ def gradient(value, parameters):
 
 def surrogate(logps, advantages, weights):
     """Minus the loss of completions that occur with probability `weights`, before the division by their tokens."""
-    return -sum(weight * grpo_loss(row[None], None, None, advantage, torch.ones(1, LENGTH), beta=0.0, num_items=1)[0]
+    return -sum(weight * grpo_loss(row[None], None, None, advantage[None], torch.ones(1, LENGTH), beta=0.0, num_items=1)[0]
                 for row, advantage, weight in zip(logps, advantages, weights))
 
 
@@ -138,3 +140,47 @@ def test_k3_is_the_kl_and_its_gradient_that_of_the_other_kl():
     at_fixed_samples = gradient((chances.detach() * k3).sum(), [logits])
     torch.testing.assert_close(at_fixed_samples, gradient(back, [logits]))
     assert (at_fixed_samples - gradient(there, [logits])).abs().max() > 0.01  # the two directions do differ
+
+
+# --- recipes ----------------------------------------------------------------------------------------------------------
+
+
+def recipes():
+    """{title: {language: the text of its block}} of docs/recipes.md."""
+    parts = re.split(r"^## ", page("recipes.md"), flags=re.MULTILINE)[1:]
+    return {part.splitlines()[0]: dict(re.findall(r"^```(\w+)\n(.*?)^```", part, re.DOTALL | re.MULTILINE))
+            for part in parts}
+
+
+def test_recipes_apply_and_run(tmp_path):
+    copies = []
+    for number, (title, blocks) in enumerate(recipes().items()):
+        assert len(blocks["diff"].splitlines()) < 30, title
+        copy = tmp_path / f"recipe{number + 1}"
+        shutil.copytree(ROOT / "hov2", copy / "hov2", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "train_grpo.py", copy)
+        applied = subprocess.run(["git", "apply", "-"], cwd=copy, input=blocks["diff"], text=True, capture_output=True,
+                                 env=os.environ | {"GIT_CEILING_DIRECTORIES": str(tmp_path)}, check=False)
+        assert applied.returncode == 0, f"{title}: {applied.stderr}"
+        (copy / "check.py").write_text(blocks["python"])
+        (copy / "commands.txt").write_text(blocks["bash"])
+        write_tiny_run(copy)
+        copies.append(copy)
+    assert len(copies) >= 3
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / "recipe_runs.py"), *map(str, copies)], text=True,
+                          capture_output=True, timeout=240, check=False,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+def write_tiny_run(folder):
+    """The tiny model where the toy's would be, two questions in text, and a config of one step."""
+    model = folder / "runs" / "toy" / "stage1" / "model"
+    tiny_thinker(layers=2).save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
+    samples = [{"problem": "What does he intend?" * n, "problem_type": "judge", "data_type": "text",
+                "solution": "<answer>yes</answer>"} for n in (1, 2)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    config = {"model": "runs/toy/stage1/model", "output_dir": "runs/tiny", "data": [{"path": "data.jsonl"}],
+              "max_steps": 1, "prompts_per_step": 2, "num_generations": 2, "max_completion_length": 6, "top_k": 0}
+    (folder / "tiny.json").write_text(json.dumps(config))
