@@ -15,7 +15,7 @@ import pytest
 import torch
 from helpers import tiny_thinker, tiny_tokenizer
 
-from hov2.config import EvalConfig, GRPOConfig, SFTConfig
+from hov2.config import EvalConfig, GRPOConfig, SFTConfig, load_config
 from hov2.grpo import group_advantages, grpo_loss, token_terms
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,6 +65,16 @@ def test_formulas_survive_markdown(path):
     text = re.sub(r"```.*?```|`[^`\n]*`", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
     for formula in re.findall(r"\$\$.+?\$\$|\$[^$\n]+\$", text):
         assert not re.search(r"\\[^A-Za-z]", formula), f"{path.name}: {formula}"
+
+
+def test_switches_that_restore_the_released_code_are_config_keys():
+    rows = [line.split(" | ") for line in page("released-vs-paper.md").splitlines() if line.startswith("| ")]
+    switches = [switch for row in rows for switch in re.findall(r"`([\w.]+): ([^`]+)`", row[-2])]
+    assert len(switches) > 10
+    for key, value in switches:
+        kind, config = {"train_on_prompt": (SFTConfig, "stage1"), "temperature": (EvalConfig, "eval")}.get(
+            key, (GRPOConfig, "stage2"))
+        load_config(kind, ROOT / "configs" / f"{config}.json", [f"{key}={value}"])
 
 
 # --- claims of method.md: every completion of a small policy is listed, so that expectations are exact sums -----------
