@@ -16,7 +16,7 @@ from pathlib import Path
 
 import av  # noqa: F401
 import torch
-import torch.distributed.fsdp  # noqa: F401
+import torch.distributed.fsdp
 from transformers import AutoTokenizer, Qwen2_5OmniThinkerForConditionalGeneration, Qwen2Tokenizer  # noqa: F401
 
 
@@ -41,7 +41,7 @@ def run(copy):
             train_grpo.main(config)
             logged = json.loads(Path(config.output_dir, "metrics.jsonl").read_text())
             assert {f"rewards/{name}/mean" for name in config.reward_weights} <= logged.keys()
-    exec(compile(Path("check.py").read_text(), "check.py", "exec"), {})
+    runpy.run_path("check.py")
 
 
 if __name__ == "__main__":

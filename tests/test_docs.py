@@ -6,10 +6,12 @@ import itertools
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -150,6 +152,34 @@ def test_k3_is_the_kl_and_its_gradient_that_of_the_other_kl():
     at_fixed_samples = gradient((chances.detach() * k3).sum(), [logits])
     torch.testing.assert_close(at_fixed_samples, gradient(back, [logits]))
     assert (at_fixed_samples - gradient(there, [logits])).abs().max() > 0.01  # the two directions do differ
+
+
+# --- walkthrough ------------------------------------------------------------------------------------------------------
+
+HEADING = re.compile(r"(\d\. [A-Z]\w+)")
+
+
+def test_the_walkthrough_quotes_train_grpo_under_the_same_headings():
+    code = (ROOT / "train_grpo.py").read_text(encoding="utf-8").splitlines()
+    in_code = [HEADING.search(line).group(1) for line in code if line.strip().startswith("# --- ")]
+    text = page("walkthrough.md")
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == in_code
+    known = {line.strip() for line in code} | {"...", ""}
+    quoted = [line for block in re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+              for line in block.splitlines()]
+    assert len(quoted) > 30
+    for line in quoted:
+        assert line.strip() in known, f"train_grpo.py has no line {line.strip()!r} any more"
+
+
+def test_figures_are_those_of_the_script_and_in_the_walkthrough():
+    figures = runpy.run_path(str(DOCS / "figures.py"))["FIGURES"]
+    assert {path.stem for path in (DOCS / "figures").glob("*.svg")} == figures.keys()
+    for name, draw in figures.items():
+        drawn = draw().svg()
+        assert (DOCS / "figures" / f"{name}.svg").read_text() == drawn, f"{name}: run python docs/figures.py"
+        ElementTree.fromstring(drawn)
+        assert f"](figures/{name}.svg)" in page("walkthrough.md")
 
 
 # --- recipes ----------------------------------------------------------------------------------------------------------
