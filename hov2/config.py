@@ -17,7 +17,8 @@ from typing import Literal
 
 REWARDS = ("format", "accuracy", "context", "logic")
 COUNTS = ("max_steps", "samples_per_step", "prompts_per_step", "per_device_train_batch_size", "num_iterations",
-          "max_completion_length", "logprob_chunk", "eval_batch_size", "eval_max_new_tokens")  # of things, at least 1
+          "completions_per_forward", "max_completion_length", "logprob_chunk", "eval_batch_size",
+          "eval_max_new_tokens")  # of things, at least 1
 
 
 class ConfigError(ValueError):
@@ -149,6 +150,7 @@ class TrainConfig(BaseConfig):
     keep_every: int = 0  # checkpoints after a multiple of this many steps are kept too; 0: no others
     resume: Literal["auto", "never"] = "never"  # auto: from the newest whole checkpoint in output_dir, if there is one
     report_to: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
+    profile_steps: list[int] = field(default_factory=list)  # steps that leave a trace of torch.profiler: log.traced
 
     def __post_init__(self):
         """Refuses values that can't train."""
@@ -184,6 +186,7 @@ class GRPOConfig(TrainConfig):
 
     prompts_per_step: int = 8  # of all ranks together
     per_device_train_batch_size: int = 1  # prompts (whole groups) in one forward pass of one rank
+    completions_per_forward: int | None = None  # of each group; null: all. Fewer need less memory, more work
     num_generations: int = 8
     num_iterations: int = 1
     temperature: float = 0.9
@@ -217,6 +220,8 @@ class GRPOConfig(TrainConfig):
         if self.num_generations < 2:
             raise ConfigError("num_generations: at least 2, a group needs something to compare with; "
                               f"got {self.num_generations}")
+        if self.loss_type == "bnpo" and self.completions_per_forward:
+            raise ConfigError("completions_per_forward: not with loss_type bnpo, whose divisor it would change")
         if self.temperature <= 0:
             raise ConfigError(f"temperature: greater than 0, equal completions teach nothing; got {self.temperature}")
 

@@ -10,6 +10,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from hov2 import guard
@@ -101,7 +102,8 @@ class Timer:
         start = time.perf_counter()
         guard.beat(name)
         try:
-            yield
+            with torch.profiler.record_function(name):
+                yield
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
             guard.beat(f"after {name}")
@@ -110,6 +112,21 @@ class Timer:
         """`{"time/<name>": seconds}` since the last pop."""
         seconds, self._seconds = self._seconds, {}
         return {f"time/{name}": value for name, value in seconds.items()}
+
+
+def traced(steps, config, rank):
+    """Yields `steps`; those named in `config.profile_steps` run under torch.profiler.
+
+    Each leaves `output_dir/trace-STEP-rankRANK.json`, with the timer's parts as named stretches, for chrome://tracing
+    or Perfetto.
+    """
+    for step in steps:
+        if step not in config.profile_steps:
+            yield step
+            continue
+        path = f"{config.output_dir}/trace-{step}-rank{rank}.json"
+        with torch.profiler.profile(on_trace_ready=lambda profiler, path=path: profiler.export_chrome_trace(path)):
+            yield step
 
 
 def console_line(step, total_steps, metrics):
