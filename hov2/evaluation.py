@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from hov2.config import ConfigError
 from hov2.data import SkipSample, read_samples
-from hov2.distributed import barrier, compute_dtype, gather_objects, rank, store, unsharded, world_size
+from hov2.distributed import barrier, compute_dtype, gather_objects, rank, store, unsharded, world_size, write_whole
 from hov2.guard import beat
 from hov2.media import MediaError
 from hov2.model import set_training
@@ -197,13 +197,6 @@ def longest_first(samples):
         files = {*samples[i].paths.values()}
         return seconds, sum(os.path.getsize(path) for path in files if os.path.isfile(path))
     return sorted(range(len(samples)), key=_length, reverse=True)  # stable: equals keep their order
-
-
-def write_whole(path, text):
-    """Writes a file that is there as a whole or not at all."""
-    part = Path(f"{path}.unfinished")
-    part.write_text(text, encoding="utf-8")
-    part.rename(path)
 
 
 _rounds = itertools.count()
