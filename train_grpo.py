@@ -261,7 +261,8 @@ def completion_masks(group, rule):
     """For each reach, which tokens it covers: {"full", "context", "logic"} of (G, C), zero on padding."""
     rows = [span_masks(tokens, rule) for tokens in group.token_bytes]
     width, device = group.mask.shape[1], group.mask.device
-    return {name: torch.stack([F.pad(row[name], (0, width - len(row[name]))) for row in rows]).to(device) for name in rows[0]}
+    return {name: torch.stack([F.pad(row[name], (0, width - len(row[name]))) for row in rows]).to(device)
+            for name in rows[0]}
 
 
 def items_of_step(groups, config):
