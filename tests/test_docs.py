@@ -18,7 +18,7 @@ import torch
 from helpers import tiny_thinker, tiny_tokenizer
 
 from hov2.config import EvalConfig, GRPOConfig, SFTConfig, load_config
-from hov2.grpo import group_advantages, grpo_loss, token_terms
+from hov2.grpo import credit, group_advantages, grpo_loss, token_terms
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -132,12 +132,12 @@ def test_the_groups_mean_keeps_the_direction():
 def test_tokens_after_a_reward_carry_none_of_its_gradient():
     parameters, texts, logps = policy()
     chances = logps.sum(1).exp()
-    rewards = torch.tensor([[0.2, 0.9, 0.4][first] for first, _ in texts], dtype=torch.float64)[:, None]
-    seen, full = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 1.0]])
-    a, b = (gradient(surrogate(logps, rewards * reach, chances.detach()), parameters) for reach in (seen, full))
-    torch.testing.assert_close(a, b)
-    only_later = gradient(surrogate(logps, rewards * (full - seen), chances.detach()), parameters)
-    torch.testing.assert_close(only_later, torch.zeros_like(only_later))
+    rewards = torch.tensor([[0.2, 0.9, 0.4][first] for first, _ in texts], dtype=torch.float64)
+    seen, full, later = (gradient(surrogate(logps, credit({"context": rewards}, {"context": reach}), chances.detach()),
+                                  parameters) for reach in torch.tensor([[[1, 0]], [[1, 1]], [[0, 1]]]))
+    torch.testing.assert_close(seen, full)
+    torch.testing.assert_close(later, torch.zeros_like(later))
+    assert seen.abs().max() > 0.05
 
 
 def test_k3_is_the_kl_and_its_gradient_that_of_the_other_kl():
@@ -152,6 +152,12 @@ def test_k3_is_the_kl_and_its_gradient_that_of_the_other_kl():
     at_fixed_samples = gradient((chances.detach() * k3).sum(), [logits])
     torch.testing.assert_close(at_fixed_samples, gradient(back, [logits]))
     assert (at_fixed_samples - gradient(there, [logits])).abs().max() > 0.01  # the two directions do differ
+
+
+def test_experiments_are_dated_and_newest_first():
+    dates = re.findall(r"^## (\d{4}-\d\d-\d\d): ", page("experiments.md"), re.MULTILINE)
+    assert len(dates) == len(re.findall(r"^## ", page("experiments.md"), re.MULTILINE)) > 5
+    assert dates == sorted(dates, reverse=True)
 
 
 # --- walkthrough ------------------------------------------------------------------------------------------------------
