@@ -79,7 +79,7 @@ def prompts():
         f.rect(24 + 13 * i, 104, 11, 22, "v", 0.35 + 0.08 * i)
     f.text(24, 144, "8 frames of 56 x 56", "small")
     f.path([(24 + 2 * i, 176 + 9 * (-1) ** i) for i in range(52)])
-    f.text(24, 206, "0.4 s of sound, 45 log-mel frames", "small")
+    f.text(24, 206, "its sound, 45 log-mel frames", "small")
     f.arrow(136, 115, 236, 115)
     f.arrow(136, 176, 236, 176)
     f.box(240, 96, 170, 98, "towers", "frozen, run once a clip", "not once a completion")
@@ -238,6 +238,7 @@ def update():
         f.text(at(1.6, 0)[0] + 4, 154, "ratio", "small")
         where = at(1.42, 1.2) if sign > 0 else at(0.68, -0.8)
         f.text(where[0], where[1] + (-8 if sign > 0 else 20), "no gradient", "mid small")
+    f.text(70, 250, "height: min(ratio A, clip(ratio) A), with |A| = 1", "small")
     steps = (("logps (8, 36)", "one forward pass"), ("ratio, k3", "per token"), ("sum / N", "N: all ranks"),
              ("backward", "gradients"), ("clip norm", "to 1.0"), ("AdamW", "weights move"))
     for i, lines in enumerate(steps):
