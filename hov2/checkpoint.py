@@ -26,7 +26,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from hov2.distributed import PATIENCE, barrier, gather_objects, rank, world_size
+from hov2.distributed import PATIENCE, barrier, gather_objects, rank, say, world_size
 
 UNFINISHED = ".unfinished"  # ending of what is being written
 SUMS = "SHA256SUMS"
@@ -46,8 +46,6 @@ class Checkpoints:
         # the writing thread's own: the default group is the loop's, and it may be nccl, which has no CPU side
         self.group = dist.new_group(backend="gloo", timeout=PATIENCE)
         self.thread, self.writing = ThreadPoolExecutor(1, thread_name_prefix="checkpoint"), None
-        trained = [p for p in policy.parameters() if p.requires_grad]
-        self.size = 3 * sum(p.numel() * p.element_size() for p in trained)  # bytes, with AdamW's two moments
 
     def resume(self):
         """With `config.resume` "auto", takes up the newest checkpoint that is whole; returns the number of steps done.
@@ -65,8 +63,7 @@ class Checkpoints:
             problem = find_problem(folder)
             if not problem:
                 return self._load(folder, found[:number])
-            if rank() == 0:
-                print(f"warning: {folder} is passed over: {problem}", flush=True)
+            say(f"warning: {folder} is passed over: {problem}")
         if found:
             raise CheckpointError(f"{self.folder}: none of its checkpoints is whole; resume=never begins anew")
         if rank() == 0:
@@ -106,10 +103,10 @@ class Checkpoints:
 
     def _warn_if_full(self):
         """Before the room is needed, so that there is time to make some."""
-        free = shutil.disk_usage(self.folder).free
-        if free < self.size:
-            print(f"warning: {self.folder} has {free / 1e9:.2f} GB left on its disk, and the next checkpoint takes "
-                  f"about {self.size / 1e9:.2f} GB", flush=True)
+        trained = sum(p.numel() * p.element_size() for p in self.policy.parameters() if p.requires_grad)  # bytes
+        free, size = shutil.disk_usage(self.folder).free, 3 * trained  # with AdamW's two moments
+        say(f"warning: {self.folder} has {free / 1e9:.2f} GB left on its disk, and the next checkpoint takes about "
+            f"{size / 1e9:.2f} GB" if free < size else "")
 
     def _finish(self, files, unfinished, state):
         """In the thread: when all ranks' files are written, rank 0 completes the checkpoint; returns as `wait`.
@@ -151,9 +148,9 @@ class Checkpoints:
         self.held_out.best = state["best"]
         if rank() == 0:
             set_aside(self.folder, [path.name for path in torn])
-            changed = [key for key, value in dataclasses.asdict(self.config).items()
-                       if value != state["config"].get(key) and key != "resume"]
-            print(f"resumed from {folder}; changed in the config: {', '.join(changed) or 'nothing'}", flush=True)
+        changed = [key for key, value in dataclasses.asdict(self.config).items()
+                   if value != state["config"].get(key) and key != "resume"]
+        say(f"resumed from {folder}; changed in the config: {', '.join(changed) or 'nothing'}")
         return state["step"]
 
 
@@ -173,12 +170,11 @@ def surplus(folders, keep_last, keep_every):
 
 def find_problem(folder):
     """What is wrong with a checkpoint's files, or None; all ranks call it, each reads its share, and all agree."""
-    problem = None
     try:
         sums = {line[66:]: line[:64] for line in (folder / SUMS).read_text().splitlines()}
-        for name in sorted({*sums, "state.json"})[rank()::world_size()]:  # a list that was cut off lacks the latter
-            if sha256(folder / name) != sums.get(name):
-                problem = f"{name} is not as it was written"
+        names = sorted({*sums, "state.json"})[rank()::world_size()]  # a list that was cut off lacks the latter
+        changed = [name for name in names if sha256(folder / name) != sums.get(name)]
+        problem = f"{changed[0]} is not as it was written" if changed else None
     except (OSError, ValueError) as error:
         problem = str(error)
     return next(filter(None, gather_objects(problem)), None)
@@ -214,8 +210,7 @@ def set_aside(output_dir, patterns=("checkpoint-*", "best", "*.jsonl")):
     output_dir = Path(output_dir)
     found = [path for pattern in patterns for path in output_dir.glob(pattern)]
     if found:
-        number = 1 + sum(1 for _ in output_dir.glob("earlier-*"))
-        target = output_dir / f"earlier-{number}"
+        target = output_dir / f"earlier-{1 + len(list(output_dir.glob('earlier-*')))}"
         target.mkdir()
         for path in found:
             path.rename(target / path.name)
