@@ -116,14 +116,11 @@ def report(config, protocol, samples, summary, records):
 
 def write_filtered(rule, samples, records):
     """Writes the questions that `rule` keeps, as data for a config, with absolute media paths; returns how many."""
-    lines = []
-    for sample, record in zip(samples, records):
-        if keep(record, rule) == "kept":
-            path = sample.paths if len(sample.paths) > 1 else next(iter(sample.paths.values()), None)
-            lines.append({
-                **sample.extra, "id": sample.id, "problem": sample.problem, "problem_type": sample.problem_type,
-                "options": sample.options, "solution": sample.solution, "data_type": sample.data_type, "path": path,
-                "share_right": share_right(record, rule.threshold)})
+    fields = ("id", "problem", "problem_type", "options", "solution", "data_type")
+    lines = [{**sample.extra, **{name: getattr(sample, name) for name in fields},
+              "path": sample.paths if len(sample.paths) > 1 else next(iter(sample.paths.values()), None),
+              "share_right": share_right(record, rule.threshold)}
+             for sample, record in zip(samples, records) if keep(record, rule) == "kept"]
     if not lines:
         raise DataError(f"filter: no question has a share of right answers between {rule.min_share} and "
                         f"{rule.max_share}; nothing is left for the next stage")
@@ -140,7 +137,7 @@ def compare(folders):
     for folder in map(Path, folders):
         try:
             results.append(json.loads((folder / "results.json").read_text()))
-            records.append([json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()])
+            records.append(list(map(json.loads, (folder / "predictions.jsonl").read_text().splitlines())))
         except (OSError, ValueError) as error:
             raise DataError(f"{folder}: not the folder of a finished evaluation: {error}") from None
     return format_comparison(folders, results, records)

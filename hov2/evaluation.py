@@ -25,7 +25,7 @@ from hov2.distributed import compute_dtype, gather_objects, rank, store, unshard
 from hov2.guard import beat
 from hov2.media import MediaError
 from hov2.model import set_training
-from hov2.results import over_samples, summarize
+from hov2.results import differing, over_samples, summarize
 from hov2.rewards import PROBLEM_TYPES, answer_text
 from hov2.rollout import generate, make_generator, sampling_for
 from hov2.scoring import Scorer
@@ -139,8 +139,7 @@ class Journal:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_whole(path, json.dumps(protocol, indent=2) + "\n")
         old, new = json.loads(path.read_text()), json.loads(json.dumps(protocol))
-        return "; ".join(f"{key} was {old.get(key)!r:.80} and is {new.get(key)!r:.80}" for key in new | old
-                         if old.get(key) != new.get(key))
+        return "; ".join(f"{key} was {was!r:.80} and is {now!r:.80}" for key, (was, now) in differing(old, new).items())
 
     def read(self):
         """{index: record} of all answers so far, whatever rank wrote them; a line that a kill cut short is left out."""
