@@ -20,7 +20,7 @@ from hov2.config import ConfigError, EvalConfig
 from hov2.data import DataError, read_samples
 from hov2.distributed import write_whole
 from hov2.evaluation import Evaluator, Journal
-from hov2.prompts import Prompts, PromptsError, load_prompts
+from hov2.prompts import PromptsError
 from hov2.results import format_comparison, format_filter, format_protocol, format_summary, interval, keep, share_right
 from hov2.setup import command, say, start
 from hov2.weights import source_folder
@@ -32,9 +32,8 @@ def main(config):
     with distributed.rank_zero_first():
         toy.prepare(config)  # builds the toy's world for the toy's configs, and nothing for others
     run = start(config, device, trained=False)
-    words = load_prompts(config.prompts).words
+    words = run.make.prompts.words
     words["system"] = system_text(config, run.tokenizer, words["system"])
-    run.make.prompts = Prompts(words)
     samples = (read_benchmark(config.benchmark, config.benchmark_root) if config.benchmark
                else read_samples(config.data, config.seed))
     evaluator = Evaluator(run, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size,
