@@ -194,8 +194,8 @@ _MONEY = "$€£¥₹"
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?![,\d])|\d+)"
 _NUMBER = (
     rf"(?:(?P<sign>[+-])\s*)?(?:(?:US)?[{_MONEY}]\s*(?P<sign2>-)?)?"
-    rf"(?:(?P<over>{_DIGITS})\s*/\s*(?P<under>{_DIGITS})(?!\.?\d)"
-    rf"|(?P<whole>{_DIGITS}(?:\.\d*)?|\.\d+)"
+    rf"(?:(?P<ratio>{_DIGITS}\s*/\s*{_DIGITS})(?!\.?\d)"
+    rf"|(?P<decimal>{_DIGITS}(?:\.\d*)?|\.\d+)"
     r"(?:[eE](?P<e>[+-]?\d+)|\s*(?:[x×*·]|\\times)\s*10\s*(?:\^|\*\*)\s*[{(]?\s*(?P<power>[+-]?\d+)\s*[})]?)?)"
 )
 _AT_START = re.compile(_NUMBER, re.ASCII)
@@ -230,21 +230,16 @@ def _plain_number(text):
 
 
 def _number(match):
-    parts = match.groupdict()
+    parts = match.groupdict("")
     if parts["sign"] and parts["sign2"] or len(match.group()) > _MAX_DIGITS:
         return None
+    digits = re.sub(r"[\s,]", "", parts["ratio"] or parts["decimal"]).rstrip(".")
     exponent = int(parts["e"] or parts["power"] or 0)
-    if abs(exponent) > _MAX_EXPONENT:
+    if abs(exponent) > _MAX_EXPONENT or re.search("/0+$", digits):
         return None
-    if parts["whole"]:
-        digits = parts["whole"].replace(",", "").rstrip(".")
-        value = Fraction(digits) * Fraction(10) ** exponent
-        decimals = max(0, len(digits.partition(".")[2]) - exponent)
-    else:
-        over, under = (int(parts[name].replace(",", "")) for name in ("over", "under"))
-        if under == 0:
-            return None
-        value = Fraction(over, under)
+    value = Fraction(digits) * Fraction(10) ** exponent
+    decimals = max(0, len(digits.partition(".")[2]) - exponent)
+    if parts["ratio"]:
         decimals = next((d for d in range(_ENDLESS) if (value * 10**d).denominator == 1), _ENDLESS)
     return Number(-value if "-" in (parts["sign"], parts["sign2"]) else value, decimals)
 
