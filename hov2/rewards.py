@@ -114,15 +114,12 @@ _LISTED = re.compile(r"(?:[,;/&\n]|\band\b)\s*[\[(]?([A-Za-z])[\])]?\s*[.:)](?=\
 _SPACED = re.compile(r"\s[\[(]?([A-Z])[\])]?\s*[.:)](?=\s+\w|\w\w)", re.ASCII)
 # An option whose words are about other options: "D. Both A and B".
 _ABOUT_OTHERS = re.compile(r"[\[(]?[A-Za-z]\s*[.:)]\s*(?:both\s+)?[A-Z]\s+(?:and|or)\s", re.IGNORECASE)
-_RUN = re.compile(
-    rf"\s*[\[(]?{_CAPITAL}[\])]?(?:(?:\s*(?:[,;/&+]|\band\b|\bor\b))+\s*[\[(]?{_CAPITAL}[\])]?)+", re.ASCII
-)
+# A list of letters, each with brackets or none: "A or C", "(B), [D]".
+_ITEM = rf"\s*[\[(]?{_CAPITAL}[\])]?"
+_RUN = re.compile(rf"{_ITEM}(?:(?:\s*(?:[,;/&+]|\band\b|\bor\b))+{_ITEM})+", re.ASCII)
 _LAST_SMALL = re.compile(r"\s*([a-z])\s*$", re.ASCII)
-_CUE = re.compile(
-    r"\b(?:answer|option|choice|choose|select|pick)s?\b"
-    r"(?:[\s:=]|\b(?:is|are|be|would|should|must|the|letter|option|choice|correct|right|most|likely|probably)\b)*",
-    re.IGNORECASE,
-)
+_CUE = re.compile(r"\b(?:answer|option|choice|choose|select|pick)s?\b(?:[\s:=]|\b(?:is|are|be|would|should|must|the|"
+                  r"letter|option|choice|correct|right|most|likely|probably)\b)*", re.IGNORECASE)
 _NEGATION = re.compile(r"\b(?:not|neither|nor|never|except)\b|n['’]t\b", re.IGNORECASE)
 _FILLER = {"and", "or", "both", "the", "my", "final", "best", "correct", "answer", "answers", "is", "are"}
 _FILLER |= {"option", "options", "choice", "choices", "letter", "letters"}

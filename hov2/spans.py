@@ -121,10 +121,8 @@ def _token_range(block, ends, credit):
 def _byte_table(tokenizer):
     added = tokenizer.added_tokens_decoder
     to_byte = _unicode_to_byte()
-    return {
-        i: token.encode() if i in added else bytes(to_byte[character] for character in token)
-        for token, i in tokenizer.get_vocab().items()
-    }
+    return {i: token.encode() if i in added else bytes(to_byte[character] for character in token)
+            for token, i in tokenizer.get_vocab().items()}
 
 
 def _unicode_to_byte():
