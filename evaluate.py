@@ -18,7 +18,6 @@ from hov2 import distributed, toy
 from hov2.benchmarks import columns, read_benchmark, render
 from hov2.config import ConfigError, EvalConfig
 from hov2.data import DataError, read_samples
-from hov2.distributed import write_whole
 from hov2.evaluation import Evaluator, Journal
 from hov2.prompts import PromptsError
 from hov2.results import format_comparison, format_filter, format_protocol, format_summary, interval, keep, share_right
@@ -104,9 +103,9 @@ def report(config, protocol, samples, summary, records):
         parts.append(render(config.benchmark, records, interval))
     parts += [f"not asked: {record['id']}: {record['error']}" for record in records if record["error"]]
     parts += [format_filter(records, config.filter)] if config.filter else []
-    write_whole(folder / "predictions.jsonl", "".join(json.dumps(record) + "\n" for record in records))
-    write_whole(folder / "results.json", json.dumps({"protocol": protocol, **summary}, indent=2) + "\n")
-    write_whole(folder / "results.txt", "\n\n".join(parts) + "\n")
+    distributed.write_whole(folder / "predictions.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+    distributed.write_whole(folder / "results.json", json.dumps({"protocol": protocol, **summary}, indent=2) + "\n")
+    distributed.write_whole(folder / "results.txt", "\n\n".join(parts) + "\n")
     print("\n\n".join(parts), flush=True)
     if config.filter:
         left = write_filtered(config.filter, samples, records)
@@ -124,7 +123,7 @@ def write_filtered(rule, samples, records):
         raise DataError(f"filter: no question has a share of right answers between {rule.min_share} and "
                         f"{rule.max_share}; nothing is left for the next stage")
     Path(rule.output).parent.mkdir(parents=True, exist_ok=True)
-    write_whole(rule.output, "".join(json.dumps(line) + "\n" for line in lines))
+    distributed.write_whole(rule.output, "".join(json.dumps(line) + "\n" for line in lines))
     return len(lines)
 
 

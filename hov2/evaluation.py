@@ -21,15 +21,14 @@ from tqdm import tqdm
 from hov2.checkpoint import set_aside
 from hov2.config import ConfigError
 from hov2.data import SkipSample, read_samples
-from hov2.distributed import compute_dtype, gather_objects, rank, store, unsharded, world_size, write_whole
+from hov2.distributed import compute_dtype, gather_objects, rank, say, store, unsharded, world_size, write_whole
 from hov2.guard import beat
 from hov2.media import MediaError
 from hov2.model import set_training
-from hov2.results import differing, over_samples, summarize
+from hov2.results import COUNTS, SCORES, differing, over_samples, summarize
 from hov2.rewards import PROBLEM_TYPES, answer_text
 from hov2.rollout import generate, make_generator, sampling_for
 from hov2.scoring import Scorer
-from hov2.setup import say
 from hov2.spans import completion_texts, completion_tokens
 from hov2.weights import export
 
@@ -232,8 +231,7 @@ def _scored(sample, text, truncated, scores):
             "context": scores.get("context"), "no_answer": answer is None, "truncated": truncated}
 
 
-_NO_ANSWER = dict.fromkeys(("completion", "answer", "parsed", "accuracy", "exact", "format", "context", "no_answer",
-                            "truncated"))
+_NO_ANSWER = dict.fromkeys(("completion", "answer", "parsed", *SCORES, *COUNTS))
 
 
 def _record(sample, answers=None, error=None):
