@@ -18,9 +18,8 @@ from hov2 import distributed, toy
 from hov2.benchmarks import columns, read_benchmark, render
 from hov2.config import ConfigError, EvalConfig
 from hov2.data import DataError, read_samples
-from hov2.distributed import write_whole
 from hov2.evaluation import Evaluator, Journal
-from hov2.prompts import Prompts, PromptsError, load_prompts
+from hov2.prompts import PromptsError
 from hov2.results import format_comparison, format_filter, format_protocol, format_summary, interval, keep, share_right
 from hov2.setup import command, say, start
 from hov2.weights import source_folder
@@ -32,9 +31,8 @@ def main(config):
     with distributed.rank_zero_first():
         toy.prepare(config)  # builds the toy's world for the toy's configs, and nothing for others
     run = start(config, device, trained=False)
-    words = load_prompts(config.prompts).words
+    words = run.make.prompts.words
     words["system"] = system_text(config, run.tokenizer, words["system"])
-    run.make.prompts = Prompts(words)
     samples = (read_benchmark(config.benchmark, config.benchmark_root) if config.benchmark
                else read_samples(config.data, config.seed))
     evaluator = Evaluator(run, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size,
@@ -105,9 +103,9 @@ def report(config, protocol, samples, summary, records):
         parts.append(render(config.benchmark, records, interval))
     parts += [f"not asked: {record['id']}: {record['error']}" for record in records if record["error"]]
     parts += [format_filter(records, config.filter)] if config.filter else []
-    write_whole(folder / "predictions.jsonl", "".join(json.dumps(record) + "\n" for record in records))
-    write_whole(folder / "results.json", json.dumps({"protocol": protocol, **summary}, indent=2) + "\n")
-    write_whole(folder / "results.txt", "\n\n".join(parts) + "\n")
+    distributed.write_whole(folder / "predictions.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+    distributed.write_whole(folder / "results.json", json.dumps({"protocol": protocol, **summary}, indent=2) + "\n")
+    distributed.write_whole(folder / "results.txt", "\n\n".join(parts) + "\n")
     print("\n\n".join(parts), flush=True)
     if config.filter:
         left = write_filtered(config.filter, samples, records)
@@ -116,19 +114,16 @@ def report(config, protocol, samples, summary, records):
 
 def write_filtered(rule, samples, records):
     """Writes the questions that `rule` keeps, as data for a config, with absolute media paths; returns how many."""
-    lines = []
-    for sample, record in zip(samples, records):
-        if keep(record, rule) == "kept":
-            path = sample.paths if len(sample.paths) > 1 else next(iter(sample.paths.values()), None)
-            lines.append({
-                **sample.extra, "id": sample.id, "problem": sample.problem, "problem_type": sample.problem_type,
-                "options": sample.options, "solution": sample.solution, "data_type": sample.data_type, "path": path,
-                "share_right": share_right(record, rule.threshold)})
+    fields = ("id", "problem", "problem_type", "options", "solution", "data_type")
+    lines = [{**sample.extra, **{name: getattr(sample, name) for name in fields},
+              "path": sample.paths if len(sample.paths) > 1 else next(iter(sample.paths.values()), None),
+              "share_right": share_right(record, rule.threshold)}
+             for sample, record in zip(samples, records) if keep(record, rule) == "kept"]
     if not lines:
         raise DataError(f"filter: no question has a share of right answers between {rule.min_share} and "
                         f"{rule.max_share}; nothing is left for the next stage")
     Path(rule.output).parent.mkdir(parents=True, exist_ok=True)
-    write_whole(rule.output, "".join(json.dumps(line) + "\n" for line in lines))
+    distributed.write_whole(rule.output, "".join(json.dumps(line) + "\n" for line in lines))
     return len(lines)
 
 
@@ -140,7 +135,7 @@ def compare(folders):
     for folder in map(Path, folders):
         try:
             results.append(json.loads((folder / "results.json").read_text()))
-            records.append([json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()])
+            records.append(list(map(json.loads, (folder / "predictions.jsonl").read_text().splitlines())))
         except (OSError, ValueError) as error:
             raise DataError(f"{folder}: not the folder of a finished evaluation: {error}") from None
     return format_comparison(folders, results, records)

@@ -170,7 +170,7 @@ def main(config):
                     guard.backward(loss)
                     means.add("loss", loss * len(batches))  # the mean over ranks and batches is then the step's loss
                 grad_norm = optim.update(policy, optimizer, rate, config.max_grad_norm)
-                guard.check_update(step, grad_norm, [group.sample.id for group in groups])
+                guard.check_update(step, grad_norm, [[group.sample.id for group, _ in batch] for batch in batches])
 
         # --- 8. Log: metrics, rollouts, held-out questions, checkpoint ------------------------------------------------
         if config.dump_every and step % config.dump_every == 0:

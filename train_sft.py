@@ -67,7 +67,8 @@ def main(config):
                 means.add("loss", loss * len(micro_batches))  # the mean over ranks and batches is then the step's loss
             rate = optim.learning_rate(step, steps, config.learning_rate, config.lr_scheduler, config.warmup_steps)
             grad_norm = optim.update(policy, optimizer, rate, config.max_grad_norm)
-            guard.check_update(step, grad_norm, [sample.id for _, sample, _ in loaded])
+            ids = [sample.id for _, sample, _ in loaded]
+            guard.check_update(step, grad_norm, [ids[i:i + n] for i in range(0, len(ids), n)])
         set_training(policy, False, config.gradient_checkpointing)
 
         # --- Log: metrics, held-out questions, checkpoint -------------------------------------------------------------

@@ -149,9 +149,9 @@ class Checkpoints:
         self.held_out.best = state["best"]
         if rank() == 0:
             set_aside(self.folder, [path.name for path in torn])
-            changed = [key for key, value in dataclasses.asdict(self.config).items()
-                       if value != state["config"].get(key) and key != "resume"]
-            print(f"resumed from {folder}; changed in the config: {', '.join(changed) or 'nothing'}", flush=True)
+        changed = [key for key, value in dataclasses.asdict(self.config).items()
+                   if value != state["config"].get(key) and key != "resume"]
+        say(f"resumed from {folder}; changed in the config: {', '.join(changed) or 'nothing'}")
         return state["step"]
 
 
@@ -171,12 +171,11 @@ def surplus(folders, keep_last, keep_every):
 
 def find_problem(folder):
     """What is wrong with a checkpoint's files, or None; all ranks call it, each reads its share, and all agree."""
-    problem = None
     try:
         sums = {line[66:]: line[:64] for line in (folder / SUMS).read_text().splitlines()}
-        for name in sorted({*sums, "state.json"})[rank()::world_size()]:  # a list that was cut off lacks the latter
-            if sha256(folder / name) != sums.get(name):
-                problem = f"{name} is not as it was written"
+        names = sorted({*sums, "state.json"})[rank()::world_size()]  # a list that was cut off lacks the latter
+        changed = [name for name in names if sha256(folder / name) != sums.get(name)]
+        problem = f"{changed[0]} is not as it was written" if changed else None
     except (OSError, ValueError) as error:
         problem = str(error)
     return next(filter(None, gather_objects(problem)), None)
@@ -212,8 +211,7 @@ def set_aside(output_dir, patterns=("checkpoint-*", "best", "*.jsonl")):
     output_dir = Path(output_dir)
     found = [path for pattern in patterns for path in output_dir.glob(pattern)]
     if found:
-        number = 1 + sum(1 for _ in output_dir.glob("earlier-*"))
-        target = output_dir / f"earlier-{number}"
+        target = output_dir / f"earlier-{1 + len(list(output_dir.glob('earlier-*')))}"
         target.mkdir()
         for path in found:
             path.rename(target / path.name)

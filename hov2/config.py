@@ -278,14 +278,7 @@ def load_config(cls, path, overrides=()):
     Raises ConfigError for a missing file, broken JSON, an unknown key (naming the nearest known one), a missing
     required key, or a value of the wrong type.
     """
-    path = Path(path)
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such config file") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}") from None
-    _need(isinstance(values, dict), f"{path}: expected a JSON object, got {type(values).__name__}")
+    values = _read(path)
     for override in overrides:
         _apply_override(values, override)
     return _build(cls, values, where=str(path))
@@ -293,11 +286,7 @@ def load_config(cls, path, overrides=()):
 
 def read_config(path, overrides=()):
     """The config at `path`, of the class (SFT, GRPO or evaluation) that knows most of its keys."""
-    try:
-        keys = set(json.loads(Path(path).read_text()))
-    except (OSError, ValueError, TypeError):
-        keys = set()  # load_config says what is wrong
-    kinds = (EvalConfig, SFTConfig, GRPOConfig)
+    keys, kinds = _read(path).keys(), (EvalConfig, SFTConfig, GRPOConfig)
     return load_config(max(kinds, key=lambda kind: len(keys & kind.__dataclass_fields__.keys())), path, overrides)
 
 
@@ -314,6 +303,17 @@ def config_from_argv(cls, argv, default):
     _need(len(paths) < 2 and not any(a.startswith("-") for a in argv),
           f"expected [config.json] [key=value ...], got {' '.join(argv)}")
     return load_config(cls, *(paths or [default]), [a for a in argv if "=" in a])
+
+
+def _read(path):
+    try:
+        values = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}: not valid JSON: {error}") from None
+    _need(isinstance(values, dict), f"{path}: expected a JSON object, got {type(values).__name__}")
+    return values
 
 
 def _apply_override(values, override):

@@ -21,15 +21,14 @@ from tqdm import tqdm
 from hov2.checkpoint import set_aside
 from hov2.config import ConfigError
 from hov2.data import SkipSample, read_samples
-from hov2.distributed import compute_dtype, gather_objects, rank, store, unsharded, world_size, write_whole
+from hov2.distributed import compute_dtype, gather_objects, rank, say, store, unsharded, world_size, write_whole
 from hov2.guard import beat
 from hov2.media import MediaError
 from hov2.model import set_training
-from hov2.results import over_samples, summarize
+from hov2.results import COUNTS, SCORES, differing, over_samples, summarize
 from hov2.rewards import PROBLEM_TYPES, answer_text
 from hov2.rollout import generate, make_generator, sampling_for
 from hov2.scoring import Scorer
-from hov2.setup import say
 from hov2.spans import completion_texts, completion_tokens
 from hov2.weights import export
 
@@ -139,8 +138,7 @@ class Journal:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_whole(path, json.dumps(protocol, indent=2) + "\n")
         old, new = json.loads(path.read_text()), json.loads(json.dumps(protocol))
-        return "; ".join(f"{key} was {old.get(key)!r:.80} and is {new.get(key)!r:.80}" for key in new | old
-                         if old.get(key) != new.get(key))
+        return "; ".join(f"{key} was {was!r:.80} and is {now!r:.80}" for key, (was, now) in differing(old, new).items())
 
     def read(self):
         """{index: record} of all answers so far, whatever rank wrote them; a line that a kill cut short is left out."""
@@ -233,8 +231,7 @@ def _scored(sample, text, truncated, scores):
             "context": scores.get("context"), "no_answer": answer is None, "truncated": truncated}
 
 
-_NO_ANSWER = dict.fromkeys(("completion", "answer", "parsed", "accuracy", "exact", "format", "context", "no_answer",
-                            "truncated"))
+_NO_ANSWER = dict.fromkeys(("completion", "answer", "parsed", *SCORES, *COUNTS))
 
 
 def _record(sample, answers=None, error=None):

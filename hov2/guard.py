@@ -144,15 +144,15 @@ class Guard:
     def check_update(self, step, norm, ids):
         """After `optim.update`: counts an update that was skipped and names its samples; all ranks call it.
 
-        `norm` is the gradient's; `ids` are this rank's samples in the order of their batches. Raises
+        `norm` is the gradient's; `ids` has a list of samples for each of this rank's backward passes. Raises
         FloatingPointError for more than `max_bad_steps` skipped updates.
         """
-        losses, self._losses, n = self._losses, [], self.config.per_device_train_batch_size
+        losses, self._losses = self._losses, []
         if math.isfinite(norm):
             return
         self.bad_steps += 1
-        mine = [name for i, loss in enumerate(losses) if not loss.isfinite() for name in ids[i * n:(i + 1) * n]]
-        bad, drawn = ([name for names in gather_objects(of_rank) for name in names] for of_rank in (mine, ids))
+        mine = sum((batch for loss, batch in zip(losses, ids) if not loss.isfinite()), [])
+        bad, drawn = (dict.fromkeys(sum(gather_objects(of_rank), [])) for of_rank in (mine, sum(ids, [])))
         say(f"step {step}: the {'loss' if bad else 'gradient'} of {', '.join(bad or drawn)} is not finite; no update")
         if self.bad_steps > self.config.max_bad_steps:
             raise FloatingPointError(f"step {step}: {self.bad_steps} updates skipped for a loss or gradient that is "

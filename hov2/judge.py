@@ -38,10 +38,8 @@ _MAX_TOKENS = 32  # of a reply: room for "The score is 4 out of 5"
 _MAX_DELAY = 30.0  # seconds between two tries, at most
 
 # A number, with what it is out of: "4", "4.5", "4/5", "4 (out of 5)". Not one of "4th", "4%", "4,5", "1.2.3".
-_NUMBER = re.compile(
-    r"(?<![\w.,])(\d+(?:\.\d+)?)(?:\s*(?:points?\s*)?\(?(?:/|out of|of)\s*(\d+(?:\.\d+)?))?(?![\w%]|[.,]\d)",
-    re.IGNORECASE | re.ASCII,
-)
+_NUMBER = re.compile(r"(?<![\w.,])(\d+(?:\.\d+)?)(?:\s*(?:points?\s*)?\(?(?:/|out of|of)\s*(\d+(?:\.\d+)?))?"
+                     r"(?![\w%]|[.,]\d)", re.IGNORECASE | re.ASCII)
 _NAMES_IT = re.compile(r"\b(?:score|rating|points?|pairs?|total|sum)\b", re.IGNORECASE)
 _ALONE = re.compile(rf"^[^\w\n]*{_NUMBER.pattern}[^\w\n]*$", re.IGNORECASE | re.ASCII | re.MULTILINE)
 _UNUSABLE = re.compile(r"[-−]\d|^[-−]|</?\w")  # negative numbers, ranges, markup
@@ -201,7 +199,7 @@ class Judge:
 
     def probe(self):
         """The JudgeReply to one small question, whose `error` says why if there was none; open breakers don't count."""
-        return self._ask([{"role": "user", "content": "Reply with the number 5."}], parse=len, force=True)
+        return self._ask([{"role": "user", "content": "Reply with the number 5."}])
 
     def check(self):
         """Asks one small question; raises JudgeError if no server answers as one should."""
@@ -238,16 +236,16 @@ class Judge:
         score = _read_score(path) if path else None
         if score is not None:
             return JudgeReply(score)
-        reply = self._ask(messages, parse=lambda text: _share(parse_score(text, maximum), maximum))
+        reply = self._ask(messages, maximum)
         if path and reply.score is not None:
-            write_whole(path, json.dumps({"score": float(reply.score)}))
+            write_whole(path, json.dumps({"score": reply.score}))
         with self._lock:
             self._replies.append(reply)
         return reply
 
-    def _ask(self, messages, parse, force=False):
-        """Asks the servers in turn until `parse` makes a score of a reply, or the tries are used up. A try is a request
-        to each, to those with an open breaker only if `force`."""
+    def _ask(self, messages, maximum=None):
+        """Asks the servers in turn until a reply states a score up to `maximum`, or the tries are used up. A try is a
+        request to each whose breaker is closed. Without a maximum any reply will do, and all servers are asked."""
         started, raw, faults = time.monotonic(), None, []
         body = {"model": self.config.model, "messages": messages, "temperature": 0, "max_tokens": _MAX_TOKENS}
         jitter = random.Random(_digest(self.config.model, messages))  # the same waits in every run
@@ -256,14 +254,14 @@ class Judge:
         for attempt in range(self.config.max_retries + 1):
             for server in servers:
                 try:
-                    if not (force or server.may_be_asked()):
+                    if maximum and not server.may_be_asked():
                         raise _Fault("breaker", f"left alone after failures, the last: {server.last}", again=False)
                     raw = server.post(json.dumps(body))
-                    score = parse(raw)
-                    if score is None:
+                    points = parse_score(raw, maximum) if maximum else 0
+                    if points is None:
                         raise _Fault("no_score", "the reply states no score")
                     server.note()
-                    return JudgeReply(score, raw, None, time.monotonic() - started, faults)
+                    return JudgeReply(points / (maximum or 1), raw, None, time.monotonic() - started, faults)
                 except _Fault as fault:
                     faults.append(fault.with_traceback(None))  # whose frames would keep the request
                     if fault.kind != "breaker":
@@ -340,10 +338,6 @@ def _text_of(response, data):
         if isinstance(text, str):
             return text
     raise _Fault("no_completion", "the reply is no chat completion")
-
-
-def _share(value, maximum):
-    return None if value is None else value / maximum
 
 
 def _seconds(retry_after):

@@ -3,6 +3,7 @@
 Every line is one JSON object with a `step`. NaN and infinities become null, so that any JSON reader takes the files.
 """
 
+import itertools
 import json
 import math
 import os
@@ -15,16 +16,13 @@ import torch
 from tqdm import tqdm
 
 from hov2 import guard
-from hov2.config import ConfigError
+from hov2.config import REWARDS, ConfigError
 
 # What the console line shows, in this order, of the metrics that a step has: (metric, heading, format).
 CONSOLE = [
     ("loss", "loss", "8.4f"),
     ("reward", "reward", "6.3f"),
-    ("rewards/format/mean", "format", "5.2f"),
-    ("rewards/accuracy/mean", "accuracy", "5.2f"),
-    ("rewards/context/mean", "context", "5.2f"),
-    ("rewards/logic/mean", "logic", "5.2f"),
+    *((f"rewards/{name}/mean", name, "5.2f") for name in REWARDS),
     ("kl", "kl", "8.5f"),
     ("completions/mean_length", "length", "6.1f"),
     ("grad_norm", "grad", "7.3f"),
@@ -138,23 +136,22 @@ def console_line(step, total_steps, metrics):
 
 
 def _open_from(path, start_step):
-    """`path` opened for appending (flushed at each line), with only the lines of steps before `start_step` in it.
+    """`path` opened for appending (flushed at each line), cut off at the first line of `start_step` or later.
 
-    Lines that are no JSON are the end of a write that was cut off; they go too.
+    A line that is no JSON is the end of a write that was cut off; it goes too.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        kept = path.with_suffix(".tmp")
-        with path.open(encoding="utf-8") as old, kept.open("w", encoding="utf-8") as new:
-            new.writelines(line for line in old if _step(line) < start_step)
-        os.replace(kept, path)
+    path.touch()
+    with path.open("rb") as old:
+        kept = itertools.takewhile(lambda line: _step(line) < start_step, old)
+        os.truncate(path, sum(map(len, kept)))
     return path.open("a", encoding="utf-8", buffering=1)
 
 
 def _step(line):
     try:
         return json.loads(line)["step"]
-    except json.JSONDecodeError:
+    except ValueError:
         return math.inf
 
 

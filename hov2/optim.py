@@ -80,11 +80,8 @@ def learning_rate(update, total_updates, peak, schedule="linear", warmup_steps=0
     if update < warmup_steps:
         return peak * (update + 1) / (warmup_steps + 1)
     progress = (update - warmup_steps) / max(1, total_updates - warmup_steps)
-    if schedule == "linear":
-        return peak * (1.0 - progress)
-    if schedule == "cosine":
-        return peak * 0.5 * (1.0 + math.cos(math.pi * progress))
-    return peak
+    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return peak * {"linear": 1.0 - progress, "cosine": cosine, "constant": 1.0}[schedule]
 
 
 def clip_gradients(policy, max_norm):

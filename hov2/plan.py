@@ -8,10 +8,11 @@ holds all the time and what a phase adds are kept apart: the peak is the largest
 
 import argparse
 import sys
-from dataclasses import dataclass
+import tempfile
+from types import SimpleNamespace
 
 import torch
-from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
+from transformers import Qwen2_5OmniThinkerConfig
 
 from hov2.config import ConfigError, EvalConfig, GRPOConfig, read_config
 from hov2.model import ModelError, add_lora, design, tower_parameters
@@ -21,40 +22,24 @@ GIB = 2**30
 FLOAT = 4  # bytes of a trained weight, of its gradient as it is summed over ranks, and of a logit
 
 
-@dataclass(frozen=True)
-class Shapes:
-    """What the formulas need of a thinker: numbers of weights and sizes."""
-
-    decoder: int  # weights of embeddings, layers and head, without adapters
-    layer: int  # of one decoder layer
-    trained: int  # all of the decoder's, or those of the adapters
-    towers: int
-    layers: int
-    hidden: int
-    heads: int  # query heads x head size
-    kv: int  # key-value heads x head size
-    mlp: int
-    vocab: int
-
-    @property
-    def lora(self):
-        """Whether adapters are trained instead of the weights."""
-        return self.trained < self.decoder
-
-
 def shapes_of(thinker, lora=None):
-    """The Shapes of a thinker, which may be on the meta device, with or without the adapters of a LoRAConfig."""
+    """What the formulas need of a thinker, which may be on the meta device, with the adapters of a LoRAConfig or none.
+
+    Numbers of weights: decoder (embeddings, layers and head, without adapters), layer (one of the decoder's), trained
+    (all of the decoder's, or those of the adapters), towers. Sizes: layers, hidden, heads (query heads x head size), kv
+    (key-value heads x head size), mlp, vocab. And lora: whether adapters are trained instead of the weights.
+    """
     towers, text = tower_parameters(thinker), thinker.config.get_text_config()
     decoder = sum(p.numel() for p in thinker.parameters() if p not in towers)
     layer = sum(p.numel() for p in thinker.model.language_model.layers[0].parameters())
     if lora:
         add_lora(thinker, lora)
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return Shapes(
-        decoder, layer, trained=sum(p.numel() for p in thinker.parameters() if p.requires_grad),
+    return SimpleNamespace(
+        decoder=decoder, layer=layer, trained=sum(p.numel() for p in thinker.parameters() if p.requires_grad),
         towers=sum(p.numel() for p in towers), layers=text.num_hidden_layers, hidden=text.hidden_size,
         heads=text.num_attention_heads * head_size, kv=text.num_key_value_heads * head_size,
-        mlp=text.intermediate_size, vocab=text.vocab_size)
+        mlp=text.intermediate_size, vocab=text.vocab_size, lora=lora is not None)
 
 
 def held(shapes, config, gpus, width=2):
@@ -124,16 +109,15 @@ def plan(shapes, config, gpus, prompt_tokens):
 
 def report(phases, memory):
     """The plan as text and whether its peak is below `memory` (bytes)."""
-    always, lines = sum(phases["always"].values()), []
+    lines, totals = [], {name: sum(parts.values()) for name, parts in phases.items()}
     for name, parts in phases.items():
-        lines.append(f"{name:<32}{sum(parts.values()) / GIB:>8.2f} GiB")
+        lines.append(f"{name:<32}{totals[name] / GIB:>8.2f} GiB")
         lines += [f"  {what:<30}{size / GIB:>8.2f}" for what, size in parts.items() if size]
-    peaks = {name: always + sum(parts.values()) for name, parts in phases.items() if name != "always"}
-    worst = max(peaks, key=peaks.get)
-    fits = peaks[worst] <= memory
-    lines.append(f"peak, in {worst:<23}{peaks[worst] / GIB:>8.2f} GiB of {memory / GIB:.2f}: "
-                 + ("fits" if fits else "doesn't fit"))
-    return "\n".join(lines), fits
+    always = totals.pop("always")
+    peak, worst = max((always + total, name) for name, total in totals.items())
+    lines.append(f"peak, in {worst:<23}{peak / GIB:>8.2f} GiB of {memory / GIB:.2f}: "
+                 + ("fits" if peak <= memory else "doesn't fit"))
+    return "\n".join(lines), peak <= memory
 
 
 def main():
@@ -167,12 +151,9 @@ def thinker_of(name):
     try:
         return name, design(name, torch.bfloat16)
     except ModelError:
-        sizes = Qwen2_5OmniThinkerConfig(vision_config={"hidden_size": 1280})  # else the 7B's are the defaults
-        with torch.device("meta"):
-            thinker = Qwen2_5OmniThinkerForConditionalGeneration(sizes)
-        for parameter in tower_parameters(thinker):
-            parameter.requires_grad_(False)
-        return f"{name} (not there; the sizes of Qwen2.5-Omni-7B)", thinker
+        with tempfile.TemporaryDirectory() as folder:
+            Qwen2_5OmniThinkerConfig(vision_config={"hidden_size": 1280}).save_pretrained(folder)  # else as the 7B has it
+            return f"{name} (not there; the sizes of Qwen2.5-Omni-7B)", design(folder, torch.bfloat16)
 
 
 if __name__ == "__main__":

@@ -119,21 +119,40 @@ def _by_id(records):
     return {(r["id"], seen.update([r["id"]]) or seen[r["id"]]): r for r in records}
 
 
+def differing(first, second):
+    """{key: (value in the first, value in the second)} of what two protocols don't have in common."""
+    return {key: (first.get(key), second.get(key)) for key in first | second if first.get(key) != second.get(key)}
+
+
 # ---- Tables ----
+
+
+def table(rows):
+    """Rows of cells as text, each column as wide as it needs: the first one to the left, the others to the right."""
+    first, *others = [max(len(str(cell)) for cell in column) for column in zip(*rows)]
+    return "\n".join(f"{name:<{first}}" + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, others))
+                     for name, *cells in rows)
 
 
 def format_summary(summary):
     """The summary as a text table."""
-    rows = [(kind, row["questions"], row["accuracy"], row["interval"])
-            for kind, row in summary["by_problem_type"].items()]
-    bounds = summary["intervals"]
-    rows.append(("all", summary["questions"], summary["accuracy"], bounds["accuracy"]))
-    lines = [f"{'problem type':<18}{'questions':>10}{'accuracy':>10}  95 % interval"]
-    lines += [f"{kind:<18}{count:>10}{_number(accuracy):>10}  {_bounds(pair)}" for kind, count, accuracy, pair in rows]
-    lines += [f"{name:<28}{_number(summary[name]):>10}  {_bounds(bounds[name])}"
-              for name in bounds if name != "accuracy"]
+    rows = [(name, *cells) for name, cells in _scores_of(summary).items()]
     counts = ", ".join(f"{name.replace('_', ' ')}: {summary[name]}" for name in (*COUNTS, "unscored", "unreadable"))
-    return "\n".join([*lines, f"format {_number(summary['format'])}, context {_number(summary['context'])}; {counts}"])
+    return (table([("problem type", *SCORE_CELLS), *rows])
+            + f"\nformat {_number(summary['format'])}, context {_number(summary['context'])}; {counts}")
+
+
+SCORE_CELLS = ("questions", "accuracy", "95 % interval")
+NO_SCORE = (0, "-", "-")
+
+
+def _scores_of(summary):
+    """{name: SCORE_CELLS as text} of each problem type, then of each score over all questions."""
+    rows = {kind: (row["questions"], row["accuracy"], row["interval"])
+            for kind, row in summary["by_problem_type"].items()}
+    rows |= {"all" if name == "accuracy" else name: (summary["questions"], summary[name], bounds)
+             for name, bounds in summary["intervals"].items()}
+    return {name: (questions, _number(score), _bounds(bounds)) for name, (questions, score, bounds) in rows.items()}
 
 
 def format_protocol(protocol):
@@ -150,42 +169,27 @@ def format_filter(records, rule):
     """What the difficulty filter leaves, by problem type."""
     verdicts = Counter((kind, keep(r, rule)) for r in records for kind in (r["problem_type"], "all"))
     names = ("kept", "too easy", "too hard", "unknown")
-    lines = [f"{'problem type':<18}" + "".join(f"{name:>10}" for name in names)]
-    lines += [f"{kind:<18}" + "".join(f"{verdicts[kind, name]:>10}" for name in names)
-              for kind in (*sorted({r["problem_type"] for r in records}), "all")]
-    return "\n".join(lines)
+    kinds = (*sorted({r["problem_type"] for r in records}), "all")
+    return table([("problem type", *names), *((kind, *(verdicts[kind, name] for name in names)) for kind in kinds)])
 
 
 def format_comparison(names, results, records):
     """Two evaluations side by side: `names`, `results` (results.json) and `records` (predictions.jsonl) of each."""
     found = compare(*records)
     lines = [f"{letter}: {name}" for letter, name in zip("AB", names)]
-    protocols = [result["protocol"] for result in results]
-    for key in dict.fromkeys([*protocols[0], *protocols[1]]):
-        if protocols[0].get(key) != protocols[1].get(key):
-            lines.append(f"{key}: A {protocols[0].get(key)!r}, B {protocols[1].get(key)!r}")
-    lines.append(f"\n{'':<28}{'questions':>14}{'A':>24}{'B':>24}")
-    by_kind = [result["by_problem_type"] for result in results]
-    for kind in sorted({*by_kind[0], *by_kind[1]}):
-        lines.append(_side_by_side(kind, [rows.get(kind) for rows in by_kind]))
-    for name in [n for n in results[0]["intervals"] if n in results[1]["intervals"]]:
-        lines.append(_side_by_side(name, [{"questions": r["questions"], "accuracy": r[name],
-                                           "interval": r["intervals"][name]} for r in results]))
+    differences = differing(*(result["protocol"] for result in results))
+    lines += [f"{key}: A {a!r}, B {b!r}" for key, (a, b) in differences.items()]
+    one, other = map(_scores_of, results)
+    rows = [(name, *one.get(name, NO_SCORE), *other.get(name, NO_SCORE)) for name in one | other]
+    lines.append("\n" + table([("", *(f"{name} {cell}" for name in "AB" for cell in SCORE_CELLS)), *rows]))
     lines.append(f"\nof {len(found['pairs'])} questions in both, {found['better']} are better in B, {found['worse']} "
                  f"worse; B - A: {_number(found['difference'], '+')}  {_bounds(found['interval'], '+')}")
-    for a, b in found["changed"]:
-        lines.append(f"{a['id']}: {_said(a)} -> {_said(b)}")
+    lines += [f"{a['id']}: {_said(a)} -> {_said(b)}" for a, b in found["changed"]]
     for letter, key in (("A", "only_first"), ("B", "only_second")):
         if found[key]:
             lines.append(f"only in {letter} ({len(found[key])}): {', '.join(found[key][:5])}"
                          + (", ..." if len(found[key]) > 5 else ""))
     return "\n".join(lines)
-
-
-def _side_by_side(name, rows):
-    questions = "/".join(dict.fromkeys(str(row["questions"] if row else 0) for row in rows))
-    cells = [f"{_number(row['accuracy'])}  {_bounds(row['interval'])}" if row else "-" for row in rows]
-    return f"{name:<28}{questions:>14}" + "".join(f"{cell:>24}" for cell in cells)
 
 
 def _said(record):

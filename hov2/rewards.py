@@ -114,15 +114,12 @@ _LISTED = re.compile(r"(?:[,;/&\n]|\band\b)\s*[\[(]?([A-Za-z])[\])]?\s*[.:)](?=\
 _SPACED = re.compile(r"\s[\[(]?([A-Z])[\])]?\s*[.:)](?=\s+\w|\w\w)", re.ASCII)
 # An option whose words are about other options: "D. Both A and B".
 _ABOUT_OTHERS = re.compile(r"[\[(]?[A-Za-z]\s*[.:)]\s*(?:both\s+)?[A-Z]\s+(?:and|or)\s", re.IGNORECASE)
-_RUN = re.compile(
-    rf"\s*[\[(]?{_CAPITAL}[\])]?(?:(?:\s*(?:[,;/&+]|\band\b|\bor\b))+\s*[\[(]?{_CAPITAL}[\])]?)+", re.ASCII
-)
+# A list of letters, each with brackets or none: "A or C", "(B), [D]".
+_ITEM = rf"\s*[\[(]?{_CAPITAL}[\])]?"
+_RUN = re.compile(rf"{_ITEM}(?:(?:\s*(?:[,;/&+]|\band\b|\bor\b))+{_ITEM})+", re.ASCII)
 _LAST_SMALL = re.compile(r"\s*([a-z])\s*$", re.ASCII)
-_CUE = re.compile(
-    r"\b(?:answer|option|choice|choose|select|pick)s?\b"
-    r"(?:[\s:=]|\b(?:is|are|be|would|should|must|the|letter|option|choice|correct|right|most|likely|probably)\b)*",
-    re.IGNORECASE,
-)
+_CUE = re.compile(r"\b(?:answer|option|choice|choose|select|pick)s?\b(?:[\s:=]|\b(?:is|are|be|would|should|must|the|"
+                  r"letter|option|choice|correct|right|most|likely|probably)\b)*", re.IGNORECASE)
 _NEGATION = re.compile(r"\b(?:not|neither|nor|never|except)\b|n['’]t\b", re.IGNORECASE)
 _FILLER = {"and", "or", "both", "the", "my", "final", "best", "correct", "answer", "answers", "is", "are"}
 _FILLER |= {"option", "options", "choice", "choices", "letter", "letters"}
@@ -194,8 +191,8 @@ _MONEY = "$€£¥₹"
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?![,\d])|\d+)"
 _NUMBER = (
     rf"(?:(?P<sign>[+-])\s*)?(?:(?:US)?[{_MONEY}]\s*(?P<sign2>-)?)?"
-    rf"(?:(?P<over>{_DIGITS})\s*/\s*(?P<under>{_DIGITS})(?!\.?\d)"
-    rf"|(?P<whole>{_DIGITS}(?:\.\d*)?|\.\d+)"
+    rf"(?:(?P<ratio>{_DIGITS}\s*/\s*{_DIGITS})(?!\.?\d)"
+    rf"|(?P<decimal>{_DIGITS}(?:\.\d*)?|\.\d+)"
     r"(?:[eE](?P<e>[+-]?\d+)|\s*(?:[x×*·]|\\times)\s*10\s*(?:\^|\*\*)\s*[{(]?\s*(?P<power>[+-]?\d+)\s*[})]?)?)"
 )
 _AT_START = re.compile(_NUMBER, re.ASCII)
@@ -230,21 +227,16 @@ def _plain_number(text):
 
 
 def _number(match):
-    parts = match.groupdict()
+    parts = match.groupdict("")
     if parts["sign"] and parts["sign2"] or len(match.group()) > _MAX_DIGITS:
         return None
+    digits = re.sub(r"[\s,]", "", parts["ratio"] or parts["decimal"]).rstrip(".")
     exponent = int(parts["e"] or parts["power"] or 0)
-    if abs(exponent) > _MAX_EXPONENT:
+    if abs(exponent) > _MAX_EXPONENT or re.search("/0+$", digits):
         return None
-    if parts["whole"]:
-        digits = parts["whole"].replace(",", "").rstrip(".")
-        value = Fraction(digits) * Fraction(10) ** exponent
-        decimals = max(0, len(digits.partition(".")[2]) - exponent)
-    else:
-        over, under = (int(parts[name].replace(",", "")) for name in ("over", "under"))
-        if under == 0:
-            return None
-        value = Fraction(over, under)
+    value = Fraction(digits) * Fraction(10) ** exponent
+    decimals = max(0, len(digits.partition(".")[2]) - exponent)
+    if parts["ratio"]:
         decimals = next((d for d in range(_ENDLESS) if (value * 10**d).denominator == 1), _ENDLESS)
     return Number(-value if "-" in (parts["sign"], parts["sign2"]) else value, decimals)
 

@@ -41,9 +41,8 @@ def start(config, device, trained=True):
     """
     guard.watch(config.hang_minutes)
     prompts = load_prompts(config.prompts)
-    judge = None
-    if config.judge is not None:
-        judge = Judge(config.judge, prompts)
+    judge = Judge(config.judge, prompts) if config.judge else None
+    if judge:
         judge.check()
     if distributed.rank() == 0:
         save_config(config, config.output_dir)
