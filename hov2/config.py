@@ -167,7 +167,8 @@ class TrainConfig(BaseConfig):
     def __post_init__(self):
         """Refuses values that can't train."""
         super().__post_init__()
-        _need(self.keep_last or not self.keep_every, "keep_every: needs keep_last, without which all checkpoints are kept")
+        _need(self.keep_last or not self.keep_every,
+              "keep_every: needs keep_last, without which all checkpoints are kept")
         _need(bool(self.eval_data) == bool(self.eval_steps),
               "eval_data and eval_steps: held-out evaluation needs both, or leave both out")
 
@@ -357,7 +358,7 @@ def _check(kind, value, where):
         return value
     nested = dataclasses.is_dataclass(kind)
     plain = dict if nested else origin or kind
-    fits = isinstance(value, (int, float) if plain is float else plain) and (plain is bool or not isinstance(value, bool))
+    fits = isinstance(value, (int, float) if plain is float else plain) and isinstance(value, bool) <= (plain is bool)
     _need(fits, f"{where}: expected {_IN_WORDS.get(plain, plain.__name__)}, got {value!r}")
     if nested:
         return _build(kind, value, where)

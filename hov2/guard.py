@@ -8,6 +8,7 @@ whether a step counts, or is the last, all ranks decide together in the main thr
 import atexit
 import contextlib
 import functools
+import itertools
 import json
 import math
 import os
@@ -151,8 +152,9 @@ class Guard:
         if math.isfinite(norm):
             return
         self.bad_steps += 1
-        mine = sum((batch for loss, batch in zip(losses, ids) if not loss.isfinite()), [])
-        bad, drawn = (dict.fromkeys(sum(gather_objects(of_rank), [])) for of_rank in (mine, sum(ids, [])))
+        mine = [name for loss, batch in zip(losses, ids) if not loss.isfinite() for name in batch]
+        drawn = [name for batch in ids for name in batch]
+        bad, drawn = (dict.fromkeys(itertools.chain(*gather_objects(names))) for names in (mine, drawn))
         say(f"step {step}: the {'loss' if bad else 'gradient'} of {', '.join(bad or drawn)} is not finite; no update")
         if self.bad_steps > self.config.max_bad_steps:
             raise FloatingPointError(f"step {step}: {self.bad_steps} updates skipped for a loss or gradient that is "
