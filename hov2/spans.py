@@ -6,13 +6,11 @@ ASCII, hence safe to search in UTF-8) are found in the bytes, and byte offsets a
 """
 
 import codecs
-import weakref
+import functools
 from bisect import bisect_left, bisect_right
 from itertools import accumulate
 
 import torch
-
-_TABLES = weakref.WeakKeyDictionary()  # tokenizer -> {id: bytes}
 
 
 def find_block(text, tag):
@@ -71,9 +69,7 @@ def token_bytes_of(tokenizer, ids):
     as it decodes to nothing. Joined, the bytes are those of the decoded text, even where one character's bytes lie in
     several tokens. Needs the tokenizer's `get_vocab()` and `added_tokens_decoder` only.
     """
-    if tokenizer not in _TABLES:
-        _TABLES[tokenizer] = _byte_table(tokenizer)
-    table = _TABLES[tokenizer]
+    table = _byte_table(tokenizer)
     return [table.get(int(i), b"") for i in ids]
 
 
@@ -118,7 +114,9 @@ def _token_range(block, ends, credit):
     return (_tokens_reaching(inner_start, ends) if credit == "inside" else 0), before_closing
 
 
+@functools.lru_cache(maxsize=2)
 def _byte_table(tokenizer):
+    """{id: bytes} of all tokens; read once for a tokenizer."""
     added = tokenizer.added_tokens_decoder
     to_byte = _unicode_to_byte()
     return {i: token.encode() if i in added else bytes(to_byte[character] for character in token)
