@@ -171,14 +171,13 @@ def _decode_attention(query, prompts, own_k, own_v):
 
 
 def _sample(logits, sampling, suppressed, generators, counts):
-    """Chooses one token a row: (ids (R,), log-probs under the full vocabulary (R,)).
+    """Chooses one token a row: (ids (R,), log-probs under the full vocabulary (R,)). `logits` (R, V) are overwritten.
 
     counts: rows of each prompt, in order. Gumbel's trick with exponential noise: argmax(p / noise) is a draw from p, on
     the device and without waiting for it.
     """
-    logits = logits.div_(sampling.temperature or 1.0)
-    normaliser = logits.logsumexp(-1)
-    allowed = logits.index_fill_(-1, suppressed, -torch.inf)  # in place: the normaliser has been taken
+    logps = logits.div_(sampling.temperature or 1.0).log_softmax(-1)
+    allowed = logps.index_fill_(-1, suppressed, -torch.inf)
     if sampling.temperature == 0:
         token = allowed.argmax(-1)
     else:
@@ -192,7 +191,7 @@ def _sample(logits, sampling, suppressed, generators, counts):
                            for n, g in zip(counts, generators)])
         token = (probs / noise).argmax(-1)
         token = token if ids is None else ids.gather(-1, token[:, None])[:, 0]
-    return token, logits.gather(-1, token[:, None])[:, 0] - normaliser
+    return token, logps.gather(-1, token[:, None])[:, 0]
 
 
 def _finish(tokens, logps, stops):
