@@ -88,7 +88,8 @@ def main(config):
     guard = Guard(config, first, log.history)
     say(scorer.note(samples))
     sampling = sampling_for(run.tokenizer, policy.thinker.config, max_completion_length=config.max_completion_length,
-                            temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
+                            temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
+                            stop_at_answer=config.stop_at_answer)
     report(config, samples, steps)
 
     for step in range(first, steps):
@@ -213,7 +214,7 @@ def sample_completions(run, groups, sampling, step):
     for group, rollout in zip(groups, rollouts):
         group.rollout = rollout
         group.token_bytes = completion_tokens(run.tokenizer, rollout)
-        group.texts = completion_texts(group.token_bytes, rollout.truncated)
+        group.texts = completion_texts(group.token_bytes)
         kept = ~rollout.truncated if config.mask_truncated_completions else torch.ones_like(rollout.truncated)
         group.mask = rollout.completion_mask & kept[:, None]
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from hov2.model import decode, embed
 from hov2.prefix import pack
+from hov2.spans import TURN_ENDS, states_towards, token_bytes_of
 
 LEAVE_EVERY = 8  # tokens between looks at which rows have ended (each look waits for the device)
 
@@ -29,6 +30,7 @@ class Sampling:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    answer_states: torch.Tensor | None = None  # (V, states), `spans.states_towards` "</answer>": end there as well
 
 
 @dataclass
@@ -36,16 +38,23 @@ class Rollout:
     """G completions of one prompt, right-padded to their own longest."""
 
     completion_ids: torch.Tensor  # (G, C)
-    completion_mask: torch.Tensor  # (G, C) bool: up to and including the first end-of-turn token
-    truncated: torch.Tensor  # (G,) bool: no end-of-turn token within the limit
+    completion_mask: torch.Tensor  # (G, C) bool: up to and including the token that ended it
+    truncated: torch.Tensor  # (G,) bool: cut off at the limit
     sampling_logps: torch.Tensor  # (G, C) float32: log-prob under the full vocabulary at the sampling temperature
 
 
-def sampling_for(tokenizer, config, **settings):
-    """A Sampling with the stop, pad and suppressed ids of this tokenizer and thinker config."""
-    stops = [tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>")]
+def sampling_for(tokenizer, config, stop_at_answer=False, **settings):
+    """A Sampling with the stop, pad and suppressed ids of this tokenizer and thinker config.
+
+    With `stop_at_answer` a completion ends with the token that completes its first `</answer>`, however the tokens
+    share the tag among them.
+    """
+    stops = [tokenizer.convert_tokens_to_ids(t) for t in TURN_ENDS]
     media = [config.image_token_id, config.video_token_id, config.audio_token_id]
-    beyond = range(len(tokenizer), config.text_config.vocab_size)  # embedding rows that stand for no token
+    vocab = config.text_config.vocab_size
+    beyond = range(len(tokenizer), vocab)  # embedding rows that stand for no token
+    if stop_at_answer:
+        settings["answer_states"] = torch.tensor(states_towards(b"</answer>", token_bytes_of(tokenizer, range(vocab))))
     return Sampling(stop_ids=stops, pad_id=stops[1], suppressed_ids=torch.tensor([*media, *beyond]), **settings)
 
 
@@ -73,17 +82,19 @@ def generate(thinker, prompts, num_generations, sampling, generators, on_token=N
     start = torch.stack([prompts[i].next_position for i in owner])  # (rows,)
     tokens = torch.full((rows, sampling.max_completion_length), sampling.pad_id, device=device)
     logps = torch.zeros(rows, sampling.max_completion_length, device=device)
-    stops = torch.tensor(sampling.stop_ids, device=device)
+    is_end = torch.zeros(rows, sampling.max_completion_length, dtype=torch.bool, device=device)
+    ends = _Ends(sampling, rows, device)
     suppressed = sampling.suppressed_ids.to(device)
     for t in range(sampling.max_completion_length):
         logits = F.linear(hidden, thinker.lm_head.weight).float()  # (R, V)
-        counts = [owner.count(i) for i in range(len(prompts))]
-        token, logp = _sample(logits, sampling, suppressed, generators, counts)
+        draw = functools.partial(_noise, generators, num_generations, alive)
+        token, logp = _sample(logits, sampling, suppressed, draw)
         tokens[alive, t] = torch.where(ended, sampling.pad_id, token)
         logps[alive, t] = torch.where(ended, 0.0, logp)
         if on_token is not None:
             on_token(tokens[:, t])
-        ended = ended | torch.isin(token, stops)
+        is_end[alive, t] = ends(token, alive)
+        ended = ended | is_end[alive, t]
         if t % LEAVE_EVERY == LEAVE_EVERY - 1:
             keep = (~ended).nonzero()[:, 0]
             if len(keep) < len(ended):
@@ -95,7 +106,7 @@ def generate(thinker, prompts, num_generations, sampling, generators, on_token=N
         embeds = thinker.get_input_embeddings()(token)[:, None]
         positions = (start + t).expand(3, -1)[..., None]  # (3, R, 1)
         hidden = decode(thinker, embeds, positions, cache.attend(t))[:, -1]
-    return [_finish(tokens[r], logps[r], stops) for r in torch.arange(rows).split(num_generations)]
+    return [_finish(tokens[r], logps[r], is_end[r]) for r in torch.arange(rows).split(num_generations)]
 
 
 def _prefill(thinker, prompts, num_generations, max_completion_length):
@@ -170,11 +181,37 @@ def _decode_attention(query, prompts, own_k, own_v):
     return out.transpose(0, 1).reshape(r, -1, 1, hd)
 
 
-def _sample(logits, sampling, suppressed, generators, counts):
+class _Ends:
+    """Which completions a token ends: a stop token does, and what completes the answer if that is asked for."""
+
+    def __init__(self, sampling, rows, device):
+        self.stops = torch.tensor(sampling.stop_ids, device=device)
+        self.states = None if sampling.answer_states is None else sampling.answer_states.to(device)
+        self.state = torch.zeros(rows, dtype=torch.long, device=device)  # how far each row is in the tag
+
+    def __call__(self, token, alive):
+        """(R,) bool for the new tokens (R,) of the rows numbered `alive`."""
+        stopped = torch.isin(token, self.stops)
+        if self.states is None:
+            return stopped
+        self.state[alive] = self.states[token, self.state[alive]]
+        return stopped | (self.state[alive] == self.states.shape[1] - 1)
+
+
+def _noise(generators, num_generations, alive, width):
+    """Exponential noise for the rows numbered `alive`, (R, width).
+
+    Drawn for all rows of a prompt, those that have left too: what a row gets doesn't depend on when others end.
+    """
+    noise = [torch.empty(num_generations, width, device=alive.device).exponential_(generator=g) for g in generators]
+    return torch.cat(noise)[alive]
+
+
+def _sample(logits, sampling, suppressed, draw):
     """Chooses one token a row: (ids (R,), log-probs under the full vocabulary (R,)). `logits` (R, V) are overwritten.
 
-    counts: rows of each prompt, in order. Gumbel's trick with exponential noise: argmax(p / noise) is a draw from p, on
-    the device and without waiting for it.
+    draw(n): exponential noise (R, n). Gumbel's trick with it: argmax(p / noise) is a draw from p, on the device and
+    without waiting for it.
     """
     logps = logits.div_(sampling.temperature or 1.0).log_softmax(-1)
     allowed = logps.index_fill_(-1, suppressed, -torch.inf)
@@ -187,18 +224,15 @@ def _sample(logits, sampling, suppressed, generators, counts):
         probs = allowed.softmax(-1)
         if sampling.top_p < 1:  # the smallest set of tokens that reaches top_p: the first is always in
             probs = probs.masked_fill(probs.cumsum(-1) - probs >= sampling.top_p, 0.0)
-        noise = torch.cat([probs.new_empty(n, probs.shape[1]).exponential_(generator=g)
-                           for n, g in zip(counts, generators)])
-        token = (probs / noise).argmax(-1)
+        token = (probs / draw(probs.shape[1])).argmax(-1)
         token = token if ids is None else ids.gather(-1, token[:, None])[:, 0]
     return token, logps.gather(-1, token[:, None])[:, 0]
 
 
-def _finish(tokens, logps, stops):
-    """Rows (G, limit) of one prompt -> Rollout, trimmed to its longest completion."""
-    is_stop = torch.isin(tokens, stops)
-    stopped = is_stop.any(1)
-    lengths = torch.where(stopped, is_stop.int().argmax(1) + 1, tokens.shape[1])
+def _finish(tokens, logps, is_end):
+    """Rows (G, limit) of one prompt -> Rollout, trimmed to its longest completion. `is_end`: the first True counts."""
+    ended = is_end.any(1)
+    lengths = torch.where(ended, is_end.int().argmax(1) + 1, tokens.shape[1])
     longest = int(lengths.max())
     mask = torch.arange(longest, device=tokens.device) < lengths[:, None]
-    return Rollout(tokens[:, :longest], mask, ~stopped, logps[:, :longest])
+    return Rollout(tokens[:, :longest], mask, ~ended, logps[:, :longest])
