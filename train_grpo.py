@@ -89,7 +89,7 @@ def main(config):
     say(scorer.note(samples))
     sampling = sampling_for(run.tokenizer, policy.thinker.config, max_completion_length=config.max_completion_length,
                             temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
-                            stop_at_answer=config.stop_at_answer)
+                            stop_at_answer=config.stop_at_answer, compile=config.compile)
     report(config, samples, steps)
 
     for step in range(first, steps):

@@ -31,6 +31,7 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     answer_states: torch.Tensor | None = None  # (V, states), `spans.states_towards` "</answer>": end there as well
+    compile: bool = False  # the decoding step goes through torch.compile, and its rows stay until all have ended
 
 
 @dataclass
@@ -97,15 +98,15 @@ def generate(thinker, prompts, num_generations, sampling, generators, on_token=N
         ended = ended | is_end[alive, t]
         if t % LEAVE_EVERY == LEAVE_EVERY - 1:
             keep = (~ended).nonzero()[:, 0]
-            if len(keep) < len(ended):
+            if len(keep) < len(ended) and not (sampling.compile and len(keep)):  # compiled for this number of rows
                 alive, ended, start, token = alive[keep], ended[keep], start[keep], token[keep]
                 owner = [owner[r] for r in keep.tolist()]
                 cache.select(keep, owner)
         if not len(alive) or t + 1 == sampling.max_completion_length:
             break
-        embeds = thinker.get_input_embeddings()(token)[:, None]
-        positions = (start + t).expand(3, -1)[..., None]  # (3, R, 1)
-        hidden = decode(thinker, embeds, positions, cache.attend(t))[:, -1]
+        place = torch.full((1,), t, device=device)
+        run, length = (_compiled(), None) if sampling.compile else (_step, t + 1)
+        hidden = run(thinker, token, start + t, cache, place, length)
     return [_finish(tokens[r], logps[r], is_end[r]) for r in torch.arange(rows).split(num_generations)]
 
 
@@ -118,6 +119,21 @@ def _prefill(thinker, prompts, num_generations, max_completion_length):
         hidden = decode(thinker, embeds[None], row.position_ids[:, None], cache.attend_prefill)
         last.append(hidden[0, -1:].expand(num_generations, -1))
     return torch.cat(last), cache
+
+
+def _step(thinker, token, position, cache, place, length):
+    """Runs one new token of each row (R,) at its position (R,); returns the hidden states (R, D) that predict the next.
+
+    place, length: as in `_Cache.attend`.
+    """
+    embeds = thinker.get_input_embeddings()(token)[:, None]
+    return decode(thinker, embeds, position.expand(3, -1)[..., None], cache.attend(place, length))[:, -1]
+
+
+@functools.cache
+def _compiled():
+    """`_step` compiled: once for a number of rows and tokens, and once more for prompts of any lengths."""
+    return torch.compile(_step)
 
 
 class _Cache:
@@ -133,20 +149,26 @@ class _Cache:
         if layer == len(self.prompts):  # of the first prompt
             shape = key.shape[1], len(self.owner), self.length, key.shape[3]
             self.prompts.append([])
-            self.own_keys.append(key.new_empty(shape))
-            self.own_values.append(value.new_empty(shape))
+            self.own_keys.append(key.new_zeros(shape))
+            self.own_values.append(value.new_zeros(shape))
         self.prompts[layer].append((key[0].transpose(1, 2).contiguous(), value[0].contiguous()))  # as decoding reads them
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
 
-    def attend(self, t):
-        """The attention of decoding step `t`, one query a row: what `model.decode` takes."""
-        return functools.partial(self._attend, t, _runs(self.owner))
+    def attend(self, place, length):
+        """The attention of one decoding step, one query a row: what `model.decode` takes.
 
-    def _attend(self, t, runs, layer, query, key, value, scale):
+        place (1,): where the rows' new keys go, as a tensor; length: of the rows' keys, the new ones last. None reads
+        the whole buffers, masked: the same shapes at every step, for compiling.
+        """
+        future = torch.arange(self.length, device=place.device) > place if length is None else None
+        return functools.partial(self._attend, place, length, future, _runs(self.owner))
+
+    def _attend(self, place, length, future, runs, layer, query, key, value, scale):
         own_k, own_v = self.own_keys[layer], self.own_values[layer]
-        own_k[:, :, t], own_v[:, :, t] = key[:, :, 0].transpose(0, 1), value[:, :, 0].transpose(0, 1)
+        own_k.index_copy_(2, place, key.transpose(0, 1))
+        own_v.index_copy_(2, place, value.transpose(0, 1))
         prompts = [(*self.prompts[layer][prompt], rows) for prompt, rows in runs]
-        return _decode_attention(query * scale, prompts, own_k[:, :, :t + 1], own_v[:, :, :t + 1])
+        return _decode_attention(query * scale, prompts, own_k[:, :, :length], own_v[:, :, :length], future)
 
     def select(self, keep, owner):
         """Keeps the rows numbered `keep`."""
@@ -161,16 +183,18 @@ def _runs(owner):
     return [(owner[a], slice(a, b)) for a, b in zip(starts, [*starts[1:], len(owner)])]
 
 
-def _decode_attention(query, prompts, own_k, own_v):
+def _decode_attention(query, prompts, own_k, own_v, future=None):
     """Attention of R rows, one scaled query each, over [the keys of the row's prompt, shared | the row's own].
 
     query (R, heads, 1, hd); own_k and own_v (kv heads, R, T, hd); prompts: (keys (kv heads, hd, P), values (kv heads,
-    P, hd), slice of its rows), in the order of the rows. The keys of a prompt are read once for all its rows: their
-    queries form one matrix a key-value head.
+    P, hd), slice of its rows), in the order of the rows; future (T,): own keys to be left out. The keys of a prompt are
+    read once for all its rows: their queries form one matrix a key-value head.
     """
     kv, r, _, hd = own_k.shape
     query = query.view(r, kv, -1, hd).transpose(0, 1)  # (kv, R, heads / kv, hd)
     own_scores = query @ own_k.transpose(2, 3)  # (kv, R, heads / kv, T)
+    if future is not None:
+        own_scores = own_scores.masked_fill(future, -torch.inf)
     on_prompt, own_weights = [], []
     for keys, values, rows in prompts:
         scores = torch.cat([query[:, rows].flatten(1, 2) @ keys, own_scores[:, rows].flatten(1, 2)], -1)

@@ -145,3 +145,17 @@ def test_sampling_follows_top_k_top_p_and_temperature():
 def test_seed_step_and_sample_decide_the_draws():
     draws = {key: make_generator("cpu", *key).initial_seed() for key in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)]}
     assert len(set(draws.values())) == 4 and draws[0, 1, 0] == make_generator("cpu", 0, 1, 0).initial_seed()
+
+
+def test_compiled_steps_give_the_same_tokens_and_compile_once_for_all_tokens(monkeypatch):
+    thinker, compiled = peaked_thinker(), torch.compile(rollouts._step, backend="aot_eager")
+    monkeypatch.setattr(rollouts, "_compiled", lambda: compiled)
+    prompts = random_prompts(thinker, 2)
+    for temperature in (0.0, 1.0):
+        sampling = settings(thinker, max_completion_length=24, temperature=temperature)
+        plain = generate(thinker, prompts, 3, sampling, generators(2))
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            same = generate(thinker, prompts, 3, dataclasses.replace(sampling, compile=True), generators(2))
+        for a, b in zip(plain, same):
+            assert a.completion_ids.tolist() == b.completion_ids.tolist()
+            torch.testing.assert_close(a.sampling_logps, b.sampling_logps, atol=1e-5, rtol=0)
