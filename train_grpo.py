@@ -94,7 +94,8 @@ def main(config):
     guard = Guard(config, first, log.history)
     say(scorer.note(samples))
     sampling = sampling_for(run.tokenizer, policy.thinker.config, max_completion_length=config.max_completion_length,
-                            temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
+                            temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
+                            stop_at_answer=config.stop_at_answer, compile=config.compile)
     report(config, samples, steps)
 
     for step in traced(range(first, steps), config, distributed.rank()):
@@ -219,7 +220,7 @@ def sample_completions(run, groups, sampling, step):
     for group, rollout in zip(groups, rollouts):
         group.rollout = rollout
         group.token_bytes = completion_tokens(run.tokenizer, rollout)
-        group.texts = completion_texts(group.token_bytes, rollout.truncated)
+        group.texts = completion_texts(group.token_bytes)
         kept = ~rollout.truncated if config.mask_truncated_completions else torch.ones_like(rollout.truncated)
         group.mask = rollout.completion_mask & kept[:, None]
         group.logps, group.old_logps, ref_logps = rollout.sampling_logps.new_zeros(3, *group.mask.shape)

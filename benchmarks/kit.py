@@ -142,8 +142,7 @@ def write_json(path, result):
 
 def machine():
     """One line on what the figures were measured on."""
-    return (f"torch {torch.__version__}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} "
-            f"(1 min, at the start)")
+    return f"torch {torch.__version__}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the end (1 minute's mean)"
 
 
 def parse(parser, argv=None):

@@ -65,7 +65,7 @@ class Asker:
         prompt = Encoder(self.thinker, self.thinker.device)(inputs)
         rollout = generate(self.thinker, [prompt], 1, self.sampling, [None], on_token=show)[0]
         write(decoder.decode(b"", final=True))
-        text = completion_texts(completion_tokens(self.tokenizer, rollout), rollout.truncated)[0]
+        text = completion_texts(completion_tokens(self.tokenizer, rollout))[0]
         return {"id": sample.id, "problem": sample.problem, "completion": text, "answer": answer_text(text),
                 "truncated": bool(rollout.truncated[0]), "tokens": len(ids), "read": read,
                 "first_token": times[0] - start, "rate": (len(ids) - 1) / max(times[-1] - times[0], 1e-9)}

@@ -197,6 +197,8 @@ class GRPOConfig(TrainConfig):
     top_p: float = 1.0
     top_k: int = 50
     max_completion_length: int = 1024
+    stop_at_answer: bool = False  # a completion ends with its first `</answer>`, without an end-of-turn token
+    compile: bool = False  # the decoding step through torch.compile, for CUDA; not measured there
     beta: float = 0.04
     epsilon: float = 0.2
     epsilon_high: float | None = None  # None: epsilon

@@ -100,7 +100,7 @@ class Evaluator:
         generators = [make_generator(run.device, run.config.seed, 0, i) for i in prompts]
         rollouts = run.policy(generate, list(prompts.values()), self.num_samples, self.sampling, generators)
         for i, rollout in zip(prompts, rollouts):
-            texts = completion_texts(completion_tokens(run.tokenizer, rollout), rollout.truncated)
+            texts = completion_texts(completion_tokens(run.tokenizer, rollout))
             pending[i] = [(text, cut, [self.scorer.submit(name, text, samples[i]) for name in self.scores])
                           for text, cut in zip(texts, rollout.truncated.tolist())]
         self.scorer.settle([s for of_one in pending.values() for *_, scores in of_one for s in scores], together=False)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from hov2.model import decode, embed
 from hov2.prefix import pack
+from hov2.spans import TURN_ENDS, states_towards, token_bytes_of
 
 LEAVE_EVERY = 8  # tokens between looks at which rows have ended (each look waits for the device)
 
@@ -29,6 +30,8 @@ class Sampling:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    answer_states: torch.Tensor | None = None  # (V, states), `spans.states_towards` "</answer>": end there as well
+    compile: bool = False  # the decoding step goes through torch.compile, and its rows stay until all have ended
 
 
 @dataclass
@@ -36,16 +39,23 @@ class Rollout:
     """G completions of one prompt, right-padded to their own longest."""
 
     completion_ids: torch.Tensor  # (G, C)
-    completion_mask: torch.Tensor  # (G, C) bool: up to and including the first end-of-turn token
-    truncated: torch.Tensor  # (G,) bool: no end-of-turn token within the limit
+    completion_mask: torch.Tensor  # (G, C) bool: up to and including the token that ended it
+    truncated: torch.Tensor  # (G,) bool: cut off at the limit
     sampling_logps: torch.Tensor  # (G, C) float32: log-prob under the full vocabulary at the sampling temperature
 
 
-def sampling_for(tokenizer, config, **settings):
-    """A Sampling with the stop, pad and suppressed ids of this tokenizer and thinker config."""
-    stops = [tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>")]
+def sampling_for(tokenizer, config, stop_at_answer=False, **settings):
+    """A Sampling with the stop, pad and suppressed ids of this tokenizer and thinker config.
+
+    With `stop_at_answer` a completion ends with the token that completes its first `</answer>`, however the tokens
+    share the tag among them.
+    """
+    stops = [tokenizer.convert_tokens_to_ids(t) for t in TURN_ENDS]
     media = [config.image_token_id, config.video_token_id, config.audio_token_id]
-    beyond = range(len(tokenizer), config.text_config.vocab_size)  # embedding rows that stand for no token
+    vocab = config.text_config.vocab_size
+    beyond = range(len(tokenizer), vocab)  # embedding rows that stand for no token
+    if stop_at_answer:
+        settings["answer_states"] = torch.tensor(states_towards(b"</answer>", token_bytes_of(tokenizer, range(vocab))))
     return Sampling(stop_ids=stops, pad_id=stops[1], suppressed_ids=torch.tensor([*media, *beyond]), **settings)
 
 
@@ -73,29 +83,31 @@ def generate(thinker, prompts, num_generations, sampling, generators, on_token=N
     start = torch.stack([prompts[i].next_position for i in owner])  # (rows,)
     tokens = torch.full((rows, sampling.max_completion_length), sampling.pad_id, device=device)
     logps = torch.zeros(rows, sampling.max_completion_length, device=device)
-    stops = torch.tensor(sampling.stop_ids, device=device)
+    is_end = torch.zeros(rows, sampling.max_completion_length, dtype=torch.bool, device=device)
+    ends = _Ends(sampling, rows, device)
     suppressed = sampling.suppressed_ids.to(device)
     for t in range(sampling.max_completion_length):
         logits = F.linear(hidden, thinker.lm_head.weight).float()  # (R, V)
-        counts = [owner.count(i) for i in range(len(prompts))]
-        token, logp = _sample(logits, sampling, suppressed, generators, counts)
+        draw = functools.partial(_noise, generators, num_generations, alive)
+        token, logp = _sample(logits, sampling, suppressed, draw)
         tokens[alive, t] = torch.where(ended, sampling.pad_id, token)
         logps[alive, t] = torch.where(ended, 0.0, logp)
         if on_token is not None:
             on_token(tokens[:, t])
-        ended = ended | torch.isin(token, stops)
+        is_end[alive, t] = ends(token, alive)
+        ended = ended | is_end[alive, t]
         if t % LEAVE_EVERY == LEAVE_EVERY - 1:
             keep = (~ended).nonzero()[:, 0]
-            if len(keep) < len(ended):
+            if len(keep) < len(ended) and not (sampling.compile and len(keep)):  # compiled for this number of rows
                 alive, ended, start, token = alive[keep], ended[keep], start[keep], token[keep]
                 owner = [owner[r] for r in keep.tolist()]
                 cache.select(keep, owner)
         if not len(alive) or t + 1 == sampling.max_completion_length:
             break
-        embeds = thinker.get_input_embeddings()(token)[:, None]
-        positions = (start + t).expand(3, -1)[..., None]  # (3, R, 1)
-        hidden = decode(thinker, embeds, positions, cache.attend(t))[:, -1]
-    return [_finish(tokens[r], logps[r], stops) for r in torch.arange(rows).split(num_generations)]
+        place = torch.full((1,), t, device=device)
+        run, length = (_compiled(), None) if sampling.compile else (_step, t + 1)
+        hidden = run(thinker, token, start + t, cache, place, length)
+    return [_finish(tokens[r], logps[r], is_end[r]) for r in torch.arange(rows).split(num_generations)]
 
 
 def _prefill(thinker, prompts, num_generations, max_completion_length):
@@ -107,6 +119,21 @@ def _prefill(thinker, prompts, num_generations, max_completion_length):
         hidden = decode(thinker, embeds[None], row.position_ids[:, None], cache.attend_prefill)
         last.append(hidden[0, -1:].expand(num_generations, -1))
     return torch.cat(last), cache
+
+
+def _step(thinker, token, position, cache, place, length):
+    """Runs one new token of each row (R,) at its position (R,); returns the hidden states (R, D) that predict the next.
+
+    place, length: as in `_Cache.attend`.
+    """
+    embeds = thinker.get_input_embeddings()(token)[:, None]
+    return decode(thinker, embeds, position.expand(3, -1)[..., None], cache.attend(place, length))[:, -1]
+
+
+@functools.cache
+def _compiled():
+    """`_step` compiled: once for a number of rows and tokens, and once more for prompts of any lengths."""
+    return torch.compile(_step)
 
 
 class _Cache:
@@ -122,20 +149,26 @@ class _Cache:
         if layer == len(self.prompts):  # of the first prompt
             shape = key.shape[1], len(self.owner), self.length, key.shape[3]
             self.prompts.append([])
-            self.own_keys.append(key.new_empty(shape))
-            self.own_values.append(value.new_empty(shape))
+            self.own_keys.append(key.new_zeros(shape))
+            self.own_values.append(value.new_zeros(shape))
         self.prompts[layer].append((key[0].transpose(1, 2).contiguous(), value[0].contiguous()))  # as decoding reads them
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
 
-    def attend(self, t):
-        """The attention of decoding step `t`, one query a row: what `model.decode` takes."""
-        return functools.partial(self._attend, t, _runs(self.owner))
+    def attend(self, place, length):
+        """The attention of one decoding step, one query a row: what `model.decode` takes.
 
-    def _attend(self, t, runs, layer, query, key, value, scale):
+        place (1,): where the rows' new keys go, as a tensor; length: of the rows' keys, the new ones last. None reads
+        the whole buffers, masked: the same shapes at every step, for compiling.
+        """
+        future = torch.arange(self.length, device=place.device) > place if length is None else None
+        return functools.partial(self._attend, place, length, future, _runs(self.owner))
+
+    def _attend(self, place, length, future, runs, layer, query, key, value, scale):
         own_k, own_v = self.own_keys[layer], self.own_values[layer]
-        own_k[:, :, t], own_v[:, :, t] = key[:, :, 0].transpose(0, 1), value[:, :, 0].transpose(0, 1)
+        own_k.index_copy_(2, place, key.transpose(0, 1))
+        own_v.index_copy_(2, place, value.transpose(0, 1))
         prompts = [(*self.prompts[layer][prompt], rows) for prompt, rows in runs]
-        return _decode_attention(query * scale, prompts, own_k[:, :, :t + 1], own_v[:, :, :t + 1])
+        return _decode_attention(query * scale, prompts, own_k[:, :, :length], own_v[:, :, :length], future)
 
     def select(self, keep, owner):
         """Keeps the rows numbered `keep`."""
@@ -150,16 +183,18 @@ def _runs(owner):
     return [(owner[a], slice(a, b)) for a, b in zip(starts, [*starts[1:], len(owner)])]
 
 
-def _decode_attention(query, prompts, own_k, own_v):
+def _decode_attention(query, prompts, own_k, own_v, future=None):
     """Attention of R rows, one scaled query each, over [the keys of the row's prompt, shared | the row's own].
 
     query (R, heads, 1, hd); own_k and own_v (kv heads, R, T, hd); prompts: (keys (kv heads, hd, P), values (kv heads,
-    P, hd), slice of its rows), in the order of the rows. The keys of a prompt are read once for all its rows: their
-    queries form one matrix a key-value head.
+    P, hd), slice of its rows), in the order of the rows; future (T,): own keys to be left out. The keys of a prompt are
+    read once for all its rows: their queries form one matrix a key-value head.
     """
     kv, r, _, hd = own_k.shape
     query = query.view(r, kv, -1, hd).transpose(0, 1)  # (kv, R, heads / kv, hd)
     own_scores = query @ own_k.transpose(2, 3)  # (kv, R, heads / kv, T)
+    if future is not None:
+        own_scores = own_scores.masked_fill(future, -torch.inf)
     on_prompt, own_weights = [], []
     for keys, values, rows in prompts:
         scores = torch.cat([query[:, rows].flatten(1, 2) @ keys, own_scores[:, rows].flatten(1, 2)], -1)
@@ -170,15 +205,40 @@ def _decode_attention(query, prompts, own_k, own_v):
     return out.transpose(0, 1).reshape(r, -1, 1, hd)
 
 
-def _sample(logits, sampling, suppressed, generators, counts):
-    """Chooses one token a row: (ids (R,), log-probs under the full vocabulary (R,)).
+class _Ends:
+    """Which completions a token ends: a stop token does, and what completes the answer if that is asked for."""
 
-    counts: rows of each prompt, in order. Gumbel's trick with exponential noise: argmax(p / noise) is a draw from p, on
-    the device and without waiting for it.
+    def __init__(self, sampling, rows, device):
+        self.stops = torch.tensor(sampling.stop_ids, device=device)
+        self.states = None if sampling.answer_states is None else sampling.answer_states.to(device)
+        self.state = torch.zeros(rows, dtype=torch.long, device=device)  # how far each row is in the tag
+
+    def __call__(self, token, alive):
+        """(R,) bool for the new tokens (R,) of the rows numbered `alive`."""
+        stopped = torch.isin(token, self.stops)
+        if self.states is None:
+            return stopped
+        self.state[alive] = self.states[token, self.state[alive]]
+        return stopped | (self.state[alive] == self.states.shape[1] - 1)
+
+
+def _noise(generators, num_generations, alive, width):
+    """Exponential noise for the rows numbered `alive`, (R, width).
+
+    Drawn for all rows of a prompt, those that have left too: what a row gets doesn't depend on when others end.
     """
-    logits = logits.div_(sampling.temperature or 1.0)
-    normaliser = logits.logsumexp(-1)
-    allowed = logits.index_fill_(-1, suppressed, -torch.inf)  # in place: the normaliser has been taken
+    noise = [torch.empty(num_generations, width, device=alive.device).exponential_(generator=g) for g in generators]
+    return torch.cat(noise)[alive]
+
+
+def _sample(logits, sampling, suppressed, draw):
+    """Chooses one token a row: (ids (R,), log-probs under the full vocabulary (R,)). `logits` (R, V) are overwritten.
+
+    draw(n): exponential noise (R, n). Gumbel's trick with it: argmax(p / noise) is a draw from p, on the device and
+    without waiting for it.
+    """
+    logps = logits.div_(sampling.temperature or 1.0).log_softmax(-1)
+    allowed = logps.index_fill_(-1, suppressed, -torch.inf)
     if sampling.temperature == 0:
         token = allowed.argmax(-1)
     else:
@@ -188,18 +248,15 @@ def _sample(logits, sampling, suppressed, generators, counts):
         probs = allowed.softmax(-1)
         if sampling.top_p < 1:  # the smallest set of tokens that reaches top_p: the first is always in
             probs = probs.masked_fill(probs.cumsum(-1) - probs >= sampling.top_p, 0.0)
-        noise = torch.cat([probs.new_empty(n, probs.shape[1]).exponential_(generator=g)
-                           for n, g in zip(counts, generators)])
-        token = (probs / noise).argmax(-1)
+        token = (probs / draw(probs.shape[1])).argmax(-1)
         token = token if ids is None else ids.gather(-1, token[:, None])[:, 0]
-    return token, logits.gather(-1, token[:, None])[:, 0] - normaliser
+    return token, logps.gather(-1, token[:, None])[:, 0]
 
 
-def _finish(tokens, logps, stops):
-    """Rows (G, limit) of one prompt -> Rollout, trimmed to its longest completion."""
-    is_stop = torch.isin(tokens, stops)
-    stopped = is_stop.any(1)
-    lengths = torch.where(stopped, is_stop.int().argmax(1) + 1, tokens.shape[1])
+def _finish(tokens, logps, is_end):
+    """Rows (G, limit) of one prompt -> Rollout, trimmed to its longest completion. `is_end`: the first True counts."""
+    ended = is_end.any(1)
+    lengths = torch.where(ended, is_end.int().argmax(1) + 1, tokens.shape[1])
     longest = int(lengths.max())
     mask = torch.arange(longest, device=tokens.device) < lengths[:, None]
-    return Rollout(tokens[:, :longest], mask, ~stopped, logps[:, :longest])
+    return Rollout(tokens[:, :longest], mask, ~ended, logps[:, :longest])

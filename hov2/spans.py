@@ -12,6 +12,9 @@ from itertools import accumulate
 
 import torch
 
+TURN_ENDS = ("<|im_end|>", "<|endoftext|>")  # the tokens that end a completion
+
+
 
 def find_block(text, tag):
     """The first `<tag>` in `text` (str or bytes) and the first `</tag>` after it.
@@ -91,9 +94,25 @@ def completion_tokens(tokenizer, rollout):
             for ids, mask in zip(rollout.completion_ids, rollout.completion_mask)]
 
 
-def completion_texts(token_bytes, truncated):
-    """Each completion's text, without the end-of-turn token that stands last unless the completion was cut off."""
-    return [text_offsets(tokens if cut else tokens[:-1])[0] for tokens, cut in zip(token_bytes, truncated.tolist())]
+def completion_texts(token_bytes):
+    """Each completion's text, without the end-of-turn token that stands last in most."""
+    ends = [end.encode() for end in TURN_ENDS]
+    return [text_offsets(tokens[:-1] if tokens[-1] in ends else tokens)[0] for tokens in token_bytes]
+
+
+def states_towards(tag, token_bytes):
+    """For finding `tag` (bytes) while tokens arrive: `states[token][state]` is the state after a token.
+
+    A state says how many bytes of the tag stand at the end of the text so far; it begins at 0. The last one, len(tag),
+    is that the tag has been there. token_bytes: one bytes object for each token of the vocabulary. Source: Knuth,
+    Morris and Pratt (1977).
+    """
+    starts = [tag[:n] for n in range(len(tag), -1, -1)]  # longest first
+
+    def after(text):
+        return len(tag) if tag in text else len(next(start for start in starts if text.endswith(start)))
+
+    return [[after(start + token) for start in reversed(starts)] for token in token_bytes]
 
 
 def _ends(token_bytes):

@@ -47,7 +47,7 @@ def decoded(lab, sample, prompts=None, limit=24):
     inputs = make_inputs(sample, tiny_tokenizer(), prompts or load_prompts(), MediaConfig())
     sampling = sampling_for(tiny_tokenizer(), thinker.config, max_completion_length=limit, temperature=0.0)
     rollout = generate(thinker, [Encoder(thinker, torch.device("cpu"))(inputs)], 1, sampling, [None])[0]
-    return completion_texts(completion_tokens(tiny_tokenizer(), rollout), rollout.truncated)[0]
+    return completion_texts(completion_tokens(tiny_tokenizer(), rollout))[0]
 
 
 def asked(lab, kind="video", name="clip.mp4", **fields):

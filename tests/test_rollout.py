@@ -1,12 +1,17 @@
 """Decoding: the tokens and log-probs of the shared cache are the plain model's, alone or beside other prompts."""
 
+import dataclasses
+import functools
+
 import torch
 from helpers import tiny_thinker, tiny_tokenizer
 from modelkit import random_inputs, random_prompts, use_hov2_attention
 
+from hov2 import rollout as rollouts
 from hov2.model import Encoder
 from hov2.prefix import group_logps
-from hov2.rollout import _sample, generate, make_generator, sampling_for
+from hov2.rollout import _noise, _sample, generate, make_generator, sampling_for
+from hov2.spans import completion_tokens
 
 
 def settings(thinker, **kwargs):
@@ -16,6 +21,10 @@ def settings(thinker, **kwargs):
 
 def generators(count, step=0):
     return [make_generator("cpu", 0, step, i) for i in range(count)]
+
+
+def noise(rows):
+    return functools.partial(_noise, generators(1), rows, torch.arange(rows))
 
 
 def peaked_thinker():
@@ -59,7 +68,7 @@ def test_sampler_log_probs_equal_teacher_forced_ones():
                                        expected * rollout.completion_mask, atol=2e-5, rtol=0)
 
 
-def test_a_prompt_gets_the_same_tokens_alone_and_beside_others():
+def test_a_prompt_gets_the_same_tokens_alone_and_beside_others(monkeypatch):
     thinker = peaked_thinker()
     prompts = random_prompts(thinker, 3)
     together = generate(thinker, prompts, 4, settings(thinker, max_completion_length=40), generators(3))
@@ -68,6 +77,28 @@ def test_a_prompt_gets_the_same_tokens_alone_and_beside_others():
     for i, prompt in enumerate(prompts):
         alone = generate(thinker, [prompt], 4, settings(thinker, max_completion_length=40), generators(3)[i:])[0]
         assert alone.completion_ids.tolist() == together[i].completion_ids.tolist()
+    monkeypatch.setattr(rollouts, "LEAVE_EVERY", 1000)  # nobody leaves
+    for a, b in zip(together, generate(thinker, prompts, 4, settings(thinker, max_completion_length=40), generators(3))):
+        assert a.completion_ids.tolist() == b.completion_ids.tolist()
+
+
+def test_stop_at_answer_cuts_the_same_tokens_after_the_tag():
+    thinker, vocab = use_hov2_attention(tiny_thinker()), tiny_tokenizer().get_vocab()
+    with torch.no_grad():
+        thinker.lm_head.weight.zero_()  # all tokens alike
+    pieces = ["</", ".</", "<", "/", "answer", "answ", "e", "r", ">", "><"]
+    others = torch.tensor(sorted(set(vocab.values()) - {vocab[piece] for piece in pieces}))
+    prompts = random_prompts(thinker, 2)
+    whole, cut = ([row for rollout in generate(
+        thinker, prompts, 8, dataclasses.replace(settings(thinker, max_completion_length=200, stop_at_answer=stop),
+                                                 suppressed_ids=others), generators(2))
+        for row in zip(completion_tokens(tiny_tokenizer(), rollout), rollout.truncated.tolist())] for stop in (False, True))
+    ends = set()
+    for (long, _), (short, truncated) in zip(whole, cut):
+        n = next((n for n in range(len(long)) if b"</answer>" in b"".join(long[:n + 1])), None)
+        assert short == (long if n is None else long[:n + 1]) and truncated == (n is None)
+        ends.add(None if n is None else short[-1])
+    assert ends == {None, b">", b"><"}
 
 
 def test_mask_ends_with_the_first_stop_token():
@@ -91,7 +122,7 @@ def test_media_placeholders_and_unknown_rows_are_never_sampled():
                  *range(len(tiny_tokenizer()), 420)}
     assert set(sampling.suppressed_ids.tolist()) == forbidden
     logits = torch.zeros(5000, 420)
-    tokens, _ = _sample(logits, sampling, sampling.suppressed_ids, generators(1), [5000])
+    tokens, _ = _sample(logits, sampling, sampling.suppressed_ids, noise(5000))
     assert forbidden.isdisjoint(tokens.tolist()) and len(set(tokens.tolist())) > 300
 
 
@@ -101,8 +132,7 @@ def test_sampling_follows_top_k_top_p_and_temperature():
     logits = probs.log().repeat(40000, 1)
 
     def shares(**kwargs):
-        tokens, _ = _sample(logits, settings(thinker, **kwargs), torch.tensor([], dtype=torch.long),
-                            generators(1), [40000])
+        tokens, _ = _sample(logits.clone(), settings(thinker, **kwargs), torch.tensor([], dtype=torch.long), noise(40000))
         return torch.bincount(tokens, minlength=4) / 40000
 
     torch.testing.assert_close(shares(), probs, atol=0.01, rtol=0)
@@ -115,3 +145,17 @@ def test_sampling_follows_top_k_top_p_and_temperature():
 def test_seed_step_and_sample_decide_the_draws():
     draws = {key: make_generator("cpu", *key).initial_seed() for key in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)]}
     assert len(set(draws.values())) == 4 and draws[0, 1, 0] == make_generator("cpu", 0, 1, 0).initial_seed()
+
+
+def test_compiled_steps_give_the_same_tokens_and_compile_once_for_all_tokens(monkeypatch):
+    thinker, compiled = peaked_thinker(), torch.compile(rollouts._step, backend="aot_eager")
+    monkeypatch.setattr(rollouts, "_compiled", lambda: compiled)
+    prompts = random_prompts(thinker, 2)
+    for temperature in (0.0, 1.0):
+        sampling = settings(thinker, max_completion_length=24, temperature=temperature)
+        plain = generate(thinker, prompts, 3, sampling, generators(2))
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            same = generate(thinker, prompts, 3, dataclasses.replace(sampling, compile=True), generators(2))
+        for a, b in zip(plain, same):
+            assert a.completion_ids.tolist() == b.completion_ids.tolist()
+            torch.testing.assert_close(a.sampling_logps, b.sampling_logps, atol=1e-5, rtol=0)

@@ -1,6 +1,7 @@
 """Spans: blocks in text, then in tokens, whatever the tokenizer merges."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
 
-from hov2.spans import find_block, seen_until, span_masks, token_bytes_of
+from hov2.spans import completion_texts, find_block, seen_until, span_masks, states_towards, token_bytes_of
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "tag_texts.json").read_text())["cases"]
 
@@ -164,3 +165,18 @@ def test_spans_through_a_real_tokenizer_match_the_text(tokenizer):
     n = seen_until(pieces, "think")
     assert b"".join(pieces[:n]).decode().startswith(text[: find_block(text, "think")[3]])
     assert find_block(b"".join(pieces[: n - 1]), "think") is None
+
+
+def test_states_find_a_tag_when_it_is_complete():
+    tag, tokens = b"aab>", [b"a", b"aa", b"b", b"b>", b">", b"xaab>y", b""]
+    states, draw = states_towards(tag, tokens), random.Random(0)
+    for _ in range(300):
+        text, state = b"", 0
+        for token in draw.choices(range(len(tokens)), k=12):
+            text, state = text + tokens[token], states[token][state]
+            assert (state == len(tag)) == (tag in text)
+
+
+def test_texts_are_without_the_token_that_ends_the_turn():
+    rows = [[b"A", b"<|im_end|>"], [b"A", b"<|endoftext|>"], [b"A", b"</answer>"], [b"cut", b" off"]]
+    assert completion_texts(rows) == ["A", "A", "A</answer>", "cut off"]
