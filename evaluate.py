@@ -18,7 +18,8 @@ from hov2 import distributed, toy
 from hov2.benchmarks import columns, read_benchmark, render
 from hov2.config import ConfigError, EvalConfig
 from hov2.data import DataError, read_samples
-from hov2.evaluation import Evaluator, Journal, write_whole
+from hov2.distributed import write_whole
+from hov2.evaluation import Evaluator, Journal
 from hov2.prompts import Prompts, PromptsError, load_prompts
 from hov2.results import format_comparison, format_filter, format_protocol, format_summary, interval, keep, share_right
 from hov2.setup import command, say, start

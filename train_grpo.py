@@ -23,6 +23,7 @@ is in hov2/grpo.py and nowhere else.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from hov2 import distributed, optim, toy
 from hov2.checkpoint import Checkpoints
@@ -31,7 +32,7 @@ from hov2.data import PromptOrder, Sample, StepLoader, read_samples
 from hov2.evaluation import HeldOut
 from hov2.grpo import apply_gate, credit, full_reward, grpo_loss, kl_coef, masked_mean, reward_advantages, token_terms
 from hov2.guard import Guard
-from hov2.log import MetricsLog, RolloutDump, Timer
+from hov2.log import MetricsLog, RolloutDump, Timer, traced
 from hov2.model import Prompt, adapters_off, load_reference, set_training
 from hov2.prefix import group_logps
 from hov2.rollout import Rollout, generate, make_generator, sampling_for
@@ -64,6 +65,11 @@ class Group:
         """The advantage of each token, the sum of its credits: (G, C)."""
         return sum(self.credits.values())
 
+    def loss_inputs(self, rows):
+        """What grpo_loss takes besides the policy's log-probs, of these completions."""
+        ref_logps = None if self.ref_logps is None else self.ref_logps[rows]
+        return self.old_logps[rows], ref_logps, self.advantages[rows], self.mask[rows]
+
 
 def main(config):
     """Trains for the config's steps, then exports the model to `output_dir/model`."""
@@ -91,7 +97,7 @@ def main(config):
                             temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
     report(config, samples, steps)
 
-    for step in range(first, steps):
+    for step in traced(range(first, steps), config, distributed.rank()):
         # --- 1. Prompts: whole prompts of this rank, each clip through the towers once --------------------------------
         with timer("data_wait"):
             loaded = loader.next_step(step)
@@ -112,8 +118,7 @@ def main(config):
                    for g in groups]
 
         # --- 4. Reference: log-probs under the stage's first model, without gradient ----------------------------------
-        n = config.per_device_train_batch_size
-        batches = [groups[i:i + n] for i in range(0, len(groups), n)]
+        batches = micro_batches(groups, config)
         with timer("logps"):
             reference_logps(reference, batches, config)
 
@@ -149,17 +154,18 @@ def main(config):
                     policy.set_requires_gradient_sync(batch is batches[-1])
                     logps, entropies = forward(policy, batch, config)
                     parts = []
-                    for group, new, entropy in zip(batch, logps, entropies):
+                    for (group, rows), new, entropy in zip(batch, logps, entropies):
+                        group.logps[rows] = new.detach()
                         if iteration == 0:
-                            group.old_logps = new.detach()  # exact, and without a pass of its own
+                            group.old_logps[rows] = new.detach()  # exact, and without a pass of its own
                         part, metrics = grpo_loss(
-                            new, group.old_logps, group.ref_logps, group.advantages, group.mask, beta=beta,
-                            epsilon=config.epsilon, epsilon_high=config.epsilon_high, loss_type=config.loss_type,
-                            num_items=num_items, max_completion_length=config.max_completion_length)
-                        group.logps = new.detach()
+                            new, *group.loss_inputs(rows), beta=beta, epsilon=config.epsilon,
+                            epsilon_high=config.epsilon_high, loss_type=config.loss_type, num_items=num_items,
+                            max_completion_length=config.max_completion_length)
                         # bnpo divides by each group's own tokens, so that the step is a mean of groups
                         parts.append(part / config.prompts_per_step if config.loss_type == "bnpo" else part)
-                        log_update(means, group, metrics | {"entropy": masked_mean(entropy, group.mask)})
+                        mask = group.mask[rows]
+                        log_update(means, mask, metrics | {"entropy": masked_mean(entropy, mask)})
                     loss = sum(parts) * distributed.world_size()  # FSDP averages gradients over ranks; ours is a sum
                     guard.backward(loss)
                     means.add("loss", loss * len(batches))  # the mean over ranks and batches is then the step's loss
@@ -216,12 +222,26 @@ def sample_completions(run, groups, sampling, step):
         group.texts = completion_texts(group.token_bytes, rollout.truncated)
         kept = ~rollout.truncated if config.mask_truncated_completions else torch.ones_like(rollout.truncated)
         group.mask = rollout.completion_mask & kept[:, None]
+        group.logps, group.old_logps, ref_logps = rollout.sampling_logps.new_zeros(3, *group.mask.shape)
+        group.ref_logps = ref_logps if config.beta else None
+
+
+def micro_batches(groups, config):
+    """What goes through the model at a time: lists of (group, rows), some or all completions of a few groups."""
+    n, g = config.per_device_train_batch_size, config.num_generations
+    k = config.completions_per_forward or g
+    return [[(group, slice(row, row + k)) for group in groups[i:i + n]]
+            for i in range(0, len(groups), n) for row in range(0, g, k)]
 
 
 def forward(policy, batch, config):
-    """Log-probs and entropies of a batch of groups' completions under `policy`: two lists of (G, C)."""
-    return policy(group_logps, [group.prompt for group in batch], [group.rollout.completion_ids for group in batch],
-                  config.temperature, config.logprob_chunk)
+    """Log-probs and entropies of a batch's completions under `policy`: two lists of (rows, C), zero on padding."""
+    lengths = [max(len(tokens) for tokens in group.token_bytes[rows]) for group, rows in batch]
+    completions = [group.rollout.completion_ids[rows, :length] for (group, rows), length in zip(batch, lengths)]
+    logps, entropies = policy(group_logps, [group.prompt for group, _ in batch], completions, config.temperature,
+                              config.logprob_chunk)
+    widths = [group.mask.shape[1] - length for (group, _), length in zip(batch, lengths)]
+    return [[F.pad(x, (0, width)) for x, width in zip(xs, widths)] for xs in (logps, entropies)]
 
 
 @torch.no_grad()
@@ -232,8 +252,8 @@ def reference_logps(reference, batches, config):
     with adapters_off():
         for batch in batches:
             logps, _ = forward(reference, batch, config)
-            for group, of_group in zip(batch, logps):
-                group.ref_logps = of_group
+            for (group, rows), new in zip(batch, logps):
+                group.ref_logps[rows] = new
     distributed.reshard(reference)
 
 
@@ -241,8 +261,8 @@ def completion_masks(group, rule):
     """For each reach, which tokens it covers: {"full", "context", "logic"} of (G, C), zero on padding."""
     rows = [span_masks(tokens, rule) for tokens in group.token_bytes]
     width, device = group.mask.shape[1], group.mask.device
-    return {name: torch.stack([torch.nn.functional.pad(row[name], (0, width - len(row[name])))
-                               for row in rows]).to(device) for name in rows[0]}
+    return {name: torch.stack([F.pad(row[name], (0, width - len(row[name]))) for row in rows]).to(device)
+            for name in rows[0]}
 
 
 def items_of_step(groups, config):
@@ -274,10 +294,10 @@ def log_rewards(means, full):
             means.add("frac_reward_zero_std", float(present.max() == present.min()))
 
 
-def log_update(means, group, metrics):
-    """The metrics of one group's loss, weighted by its tokens."""
+def log_update(means, mask, metrics):
+    """The metrics of one loss, weighted by its tokens."""
     for name, value in metrics.items():
-        means.add(name, value, group.mask.sum())
+        means.add(name, value, mask.sum())
 
 
 def dump_record(step, group, config):

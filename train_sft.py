@@ -16,7 +16,7 @@ from hov2.config import SFTConfig
 from hov2.data import PromptOrder, StepLoader, encode_solution, read_samples
 from hov2.evaluation import HeldOut
 from hov2.guard import Guard
-from hov2.log import MetricsLog, Timer
+from hov2.log import MetricsLog, Timer, traced
 from hov2.model import set_training
 from hov2.prefix import conversation_logps, group_logps
 from hov2.setup import command, report_derived, report_replaced, say, start
@@ -43,7 +43,7 @@ def main(config):
     timer, means, guard = Timer(), distributed.Means(), Guard(config, first, log.history)
     report(config, samples, steps)
 
-    for step in range(first, steps):
+    for step in traced(range(first, steps), config, distributed.rank()):
         # --- Samples: prompts with their media encoded, and what the assistant should say -----------------------------
         with timer("data_wait"):
             loaded = loader.next_step(step)

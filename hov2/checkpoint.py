@@ -26,7 +26,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from hov2.distributed import PATIENCE, barrier, gather_objects, rank, world_size
+from hov2.distributed import PATIENCE, barrier, gather_objects, rank, say, world_size
 
 UNFINISHED = ".unfinished"  # ending of what is being written
 SUMS = "SHA256SUMS"
@@ -65,8 +65,7 @@ class Checkpoints:
             problem = find_problem(folder)
             if not problem:
                 return self._load(folder, found[:number])
-            if rank() == 0:
-                print(f"warning: {folder} is passed over: {problem}", flush=True)
+            say(f"warning: {folder} is passed over: {problem}")
         if found:
             raise CheckpointError(f"{self.folder}: none of its checkpoints is whole; resume=never begins anew")
         if rank() == 0:
@@ -107,9 +106,8 @@ class Checkpoints:
     def _warn_if_full(self):
         """Before the room is needed, so that there is time to make some."""
         free = shutil.disk_usage(self.folder).free
-        if free < self.size:
-            print(f"warning: {self.folder} has {free / 1e9:.2f} GB left on its disk, and the next checkpoint takes "
-                  f"about {self.size / 1e9:.2f} GB", flush=True)
+        say(f"warning: {self.folder} has {free / 1e9:.2f} GB left on its disk, and the next checkpoint takes about "
+            f"{self.size / 1e9:.2f} GB" if free < self.size else "")
 
     def _finish(self, files, unfinished, state):
         """In the thread: when all ranks' files are written, rank 0 completes the checkpoint; returns as `wait`.

@@ -17,11 +17,26 @@ from typing import Literal
 
 REWARDS = ("format", "accuracy", "context", "logic")
 COUNTS = ("max_steps", "samples_per_step", "prompts_per_step", "per_device_train_batch_size", "num_iterations",
-          "max_completion_length", "logprob_chunk", "eval_batch_size", "eval_max_new_tokens")  # of things, at least 1
+          "completions_per_forward", "max_completion_length", "logprob_chunk", "eval_batch_size", "eval_max_new_tokens",
+          "max_new_tokens", "batch_size", "num_samples", "rank", "concurrency", "breaker_failures",
+          "missing_window")  # at least 1
+LIMITS = ("save_steps", "keep_last", "keep_every", "loader_workers", "max_bad_steps", "max_hours", "hang_minutes",
+          "temperature", "top_k")  # at least 0
+MINIMUM = dict.fromkeys(COUNTS, 1) | dict.fromkeys(LIMITS, 0)  # of the fields with these names, in any class below
 
 
 class ConfigError(ValueError):
     """A config that can't be used; the message names the file and the key and says what would be right."""
+
+
+class Checked:
+    """A dataclass whose numbers are at least their MINIMUM; raises ConfigError. Null is always allowed here."""
+
+    def __post_init__(self):
+        """Refuses other numbers."""
+        for name, value in vars(self).items():
+            _need(name not in MINIMUM or value is None or value >= MINIMUM[name],
+                  f"{name}: at least {MINIMUM.get(name)}, got {value}")
 
 
 @dataclass
@@ -47,7 +62,7 @@ class MediaConfig:
 
 
 @dataclass
-class JudgeConfig:
+class JudgeConfig(Checked):
     """OpenAI-compatible servers; `url`, or each of `urls`, is a base that `/chat/completions` is appended to."""
 
     url: str | None = None
@@ -66,15 +81,13 @@ class JudgeConfig:
 
     def __post_init__(self):
         """Refuses values that nothing can be asked with."""
-        if (self.url is None) == (not self.urls):
-            raise ConfigError("url, urls: expected one of the two")
-        for name in ("timeout", "concurrency", "breaker_failures", "missing_window"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name}: expected more than 0, got {getattr(self, name)}")
+        super().__post_init__()
+        _need((self.url is None) != (not self.urls), "url, urls: expected one of the two")
+        _need(self.timeout > 0, f"timeout: expected more than 0, got {self.timeout}")
 
 
 @dataclass
-class LoRAConfig:
+class LoRAConfig(Checked):
     """Adapters of low rank on the decoder's linear layers, trained instead of its weights (Hu et al., 2021)."""
 
     rank: int = 16
@@ -84,9 +97,9 @@ class LoRAConfig:
 
     def __post_init__(self):
         """Refuses adapters that can't train."""
-        if self.rank < 1 or self.alpha <= 0 or not self.target_modules:
-            raise ConfigError("lora: expected a rank of at least 1, an alpha above 0 and some target_modules, got "
-                              f"{self.rank}, {self.alpha} and {self.target_modules}")
+        super().__post_init__()
+        _need(self.alpha > 0 and self.target_modules, "expected an alpha above 0 and some target_modules, got "
+              f"{self.alpha} and {self.target_modules}")
 
 
 @dataclass
@@ -100,7 +113,7 @@ class AlarmConfig:
 
 
 @dataclass
-class BaseConfig:
+class BaseConfig(Checked):
     """What training and evaluation share."""
 
     model: str  # a thinker's folder, a full Qwen2.5-Omni folder, or a hub id
@@ -149,22 +162,14 @@ class TrainConfig(BaseConfig):
     keep_every: int = 0  # checkpoints after a multiple of this many steps are kept too; 0: no others
     resume: Literal["auto", "never"] = "never"  # auto: from the newest whole checkpoint in output_dir, if there is one
     report_to: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
+    profile_steps: list[int] = field(default_factory=list)  # steps that leave a trace of torch.profiler: log.traced
 
     def __post_init__(self):
         """Refuses values that can't train."""
-        for name in COUNTS:
-            value = getattr(self, name, None)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}: at least 1, got {value}")
-        if min(self.save_steps, self.keep_last, self.keep_every, self.loader_workers) < 0:
-            raise ConfigError("save_steps, keep_last, keep_every, loader_workers: at least 0")
-        if self.keep_every and not self.keep_last:
-            raise ConfigError("keep_every: needs keep_last, without which all checkpoints are kept")
-        for name in ("max_bad_steps", "max_hours", "hang_minutes"):
-            if (getattr(self, name) or 0) < 0:
-                raise ConfigError(f"{name}: at least 0, got {getattr(self, name)}")
-        if bool(self.eval_data) != bool(self.eval_steps):
-            raise ConfigError("eval_data and eval_steps: held-out evaluation needs both, or leave both out")
+        super().__post_init__()
+        _need(self.keep_last or not self.keep_every, "keep_every: needs keep_last, without which all checkpoints are kept")
+        _need(bool(self.eval_data) == bool(self.eval_steps),
+              "eval_data and eval_steps: held-out evaluation needs both, or leave both out")
 
 
 @dataclass
@@ -184,6 +189,7 @@ class GRPOConfig(TrainConfig):
 
     prompts_per_step: int = 8  # of all ranks together
     per_device_train_batch_size: int = 1  # prompts (whole groups) in one forward pass of one rank
+    completions_per_forward: int | None = None  # of each group; null: all. Fewer need less memory, more work
     num_generations: int = 8
     num_iterations: int = 1
     temperature: float = 0.9
@@ -206,19 +212,19 @@ class GRPOConfig(TrainConfig):
     def __post_init__(self):
         """Refuses values that can't train."""
         super().__post_init__()
-        unknown = [name for name in self.reward_weights if name not in REWARDS]
-        if unknown:
-            raise ConfigError(f"reward_weights: unknown reward {unknown[0]!r}; known: {', '.join(REWARDS)}")
-        if not {"format", "accuracy"} & set(self.reward_weights):
-            raise ConfigError("reward_weights: format or accuracy is needed, the rewards that reach every token")
-        judged = [name for name in ("context", "logic") if name in self.reward_weights]
-        if judged and self.judge is None:
-            raise ConfigError(f"reward_weights: {judged[0]!r} needs a judge; give one as `judge`, or leave it out")
-        if self.num_generations < 2:
-            raise ConfigError("num_generations: at least 2, a group needs something to compare with; "
-                              f"got {self.num_generations}")
-        if self.temperature <= 0:
-            raise ConfigError(f"temperature: greater than 0, equal completions teach nothing; got {self.temperature}")
+        unknown = [repr(name) for name in self.reward_weights if name not in REWARDS]
+        _need(not unknown, f"reward_weights: unknown reward {', '.join(unknown)}; known: {', '.join(REWARDS)}")
+        _need({"format", "accuracy"} & set(self.reward_weights),
+              "reward_weights: format or accuracy is needed, the rewards that reach every token")
+        judged = [repr(name) for name in ("context", "logic") if name in self.reward_weights]
+        _need(self.judge or not judged,
+              f"reward_weights: {' and '.join(judged)} needs a judge; give one as `judge`, or leave it out")
+        _need(self.num_generations >= 2, "num_generations: at least 2, a group needs something to compare with; got "
+              f"{self.num_generations}")
+        _need(self.loss_type != "bnpo" or not self.completions_per_forward,
+              "completions_per_forward: not with loss_type bnpo, whose divisor it would change")
+        _need(self.temperature > 0, "temperature: greater than 0, equal completions teach nothing; got "
+              f"{self.temperature}")
 
 
 @dataclass
@@ -232,10 +238,9 @@ class FilterConfig:
 
     def __post_init__(self):
         """Refuses bounds that nothing lies between."""
-        if not self.output.endswith(".jsonl"):
-            raise ConfigError(f"output: expected a file that ends in .jsonl, got {self.output!r}")
-        if not 0 <= self.min_share < self.max_share <= 1:
-            raise ConfigError(f"expected 0 <= min_share < max_share <= 1, got {self.min_share} and {self.max_share}")
+        _need(self.output.endswith(".jsonl"), f"output: expected a file that ends in .jsonl, got {self.output!r}")
+        _need(0 <= self.min_share < self.max_share <= 1,
+              f"expected 0 <= min_share < max_share <= 1, got {self.min_share} and {self.max_share}")
 
 
 @dataclass
@@ -257,20 +262,14 @@ class EvalConfig(BaseConfig):
 
     def __post_init__(self):
         """Refuses what can't be evaluated."""
-        for name in ("max_new_tokens", "batch_size", "num_samples"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: at least 1, got {getattr(self, name)}")
-        if bool(self.data) == bool(self.benchmark):
-            raise ConfigError("data, benchmark: expected one of the two")
-        if bool(self.benchmark) != bool(self.benchmark_root):
-            raise ConfigError("benchmark, benchmark_root: expected both, or neither")
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ConfigError("temperature and top_k: at least 0, top_p: above 0 and at most 1; got "
-                              f"{self.temperature}, {self.top_k}, {self.top_p}")
-        if self.num_samples > 1 and not self.temperature:
-            raise ConfigError(f"num_samples: {self.num_samples} greedy answers are one answer; set a temperature")
-        if self.filter and (self.num_samples < 2 or self.benchmark):
-            raise ConfigError("filter: needs num_samples of at least 2, and data (not a benchmark)")
+        super().__post_init__()
+        _need(bool(self.data) != bool(self.benchmark), "data, benchmark: expected one of the two")
+        _need(bool(self.benchmark) == bool(self.benchmark_root), "benchmark, benchmark_root: expected both, or neither")
+        _need(0 < self.top_p <= 1, f"top_p: above 0 and at most 1, got {self.top_p}")
+        _need(self.num_samples == 1 or self.temperature,
+              f"num_samples: {self.num_samples} greedy answers are one answer; set a temperature")
+        _need(not self.filter or (self.num_samples > 1 and not self.benchmark),
+              "filter: needs num_samples of at least 2, and data (not a benchmark)")
 
 
 def load_config(cls, path, overrides=()):
@@ -286,8 +285,7 @@ def load_config(cls, path, overrides=()):
         raise ConfigError(f"{path}: no such config file") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    _need(isinstance(values, dict), f"{path}: expected a JSON object, got {type(values).__name__}")
     for override in overrides:
         _apply_override(values, override)
     return _build(cls, values, where=str(path))
@@ -313,15 +311,14 @@ def save_config(config, folder):
 def config_from_argv(cls, argv, default):
     """`[config.json] [key=value ...]` as the scripts take them; `default` is the config when none is named."""
     paths = [a for a in argv if "=" not in a]
-    if len(paths) > 1 or any(a.startswith("-") for a in argv):
-        raise ConfigError(f"expected [config.json] [key=value ...], got {' '.join(argv)}")
-    return load_config(cls, paths[0] if paths else default, [a for a in argv if "=" in a])
+    _need(len(paths) < 2 and not any(a.startswith("-") for a in argv),
+          f"expected [config.json] [key=value ...], got {' '.join(argv)}")
+    return load_config(cls, *(paths or [default]), [a for a in argv if "=" in a])
 
 
 def _apply_override(values, override):
     key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"override {override!r}: expected key=value")
+    _need(separator and key, f"override {override!r}: expected key=value")
     try:
         value = json.loads(text)
     except json.JSONDecodeError:
@@ -329,8 +326,7 @@ def _apply_override(values, override):
     *parents, last = key.split(".")
     for parent in parents:
         values = values.setdefault(parent, {})
-        if not isinstance(values, dict):
-            raise ConfigError(f"override {override!r}: {parent} is not an object")
+        _need(isinstance(values, dict), f"override {override!r}: {parent} is not an object")
     values[last] = value
 
 
@@ -341,11 +337,9 @@ def _build(cls, values, where):
             near = difflib.get_close_matches(key, hints, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(hints))}"
             raise ConfigError(f"{where}: unknown key {key!r}; {hint}")
-    missing = [f.name for f in dataclasses.fields(cls)
-               if f.name not in values and f.default is dataclasses.MISSING
-               and f.default_factory is dataclasses.MISSING]
-    if missing:
-        raise ConfigError(f"{where}: missing key {missing[0]!r}")
+    missing = [repr(f.name) for f in dataclasses.fields(cls) if f.name not in values
+               and f.default is f.default_factory is dataclasses.MISSING]
+    _need(not missing, f"{where}: missing key {', '.join(missing)}")
     checked = {key: _check(hints[key], value, f"{where}: {key}") for key, value in values.items()}
     try:
         return cls(**checked)
@@ -359,26 +353,24 @@ def _check(kind, value, where):
     if origin in (types.UnionType, typing.Union):  # X | None; of a Literal it is the latter
         return None if value is None else _check(args[0], value, where)
     if origin is Literal:
-        if value not in args:
-            raise ConfigError(f"{where}: {value!r} is not one of {', '.join(map(repr, args))}")
+        _need(value in args, f"{where}: {value!r} is not one of {', '.join(map(repr, args))}")
         return value
-    if dataclasses.is_dataclass(kind):
-        _require(isinstance(value, dict), "an object", value, where)
+    nested = dataclasses.is_dataclass(kind)
+    plain = dict if nested else origin or kind
+    fits = isinstance(value, (int, float) if plain is float else plain) and (plain is bool or not isinstance(value, bool))
+    _need(fits, f"{where}: expected {_IN_WORDS.get(plain, plain.__name__)}, got {value!r}")
+    if nested:
         return _build(kind, value, where)
-    if origin is list:
-        _require(isinstance(value, list), "a list", value, where)
+    if plain is list:
         return [_check(args[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
-    if origin is dict:
-        _require(isinstance(value, dict), "an object", value, where)
+    if plain is dict:
         return {key: _check(args[1], item, f"{where}.{key}") for key, item in value.items()}
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind is float:
-        _require(number, "a number", value, where)
-        return float(value)
-    _require(isinstance(value, kind) and (kind is bool or not isinstance(value, bool)), kind.__name__, value, where)
-    return value
+    return plain(value)
 
 
-def _require(ok, expected, value, where):
-    if not ok:
-        raise ConfigError(f"{where}: expected {expected}, got {value!r}")
+_IN_WORDS = {dict: "an object", list: "a list", float: "a number"}
+
+
+def _need(condition, message):
+    if not condition:
+        raise ConfigError(message)

@@ -5,8 +5,11 @@ every rank makes the same number of forward and backward calls, and no rank talk
 """
 
 import os
+import uuid
+from collections import Counter
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -18,15 +21,12 @@ PATIENCE = timedelta(hours=4)  # how long ranks wait for each other: rank 0 may 
 
 def setup():
     """Joins the process group that torchrun describes, or makes one of size 1. Returns this rank's device."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
-    if cuda:
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    backend = "nccl" if cuda else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=PATIENCE)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE, **alone)
     return device
 
 
@@ -69,6 +69,13 @@ def say(text):
         print(text, flush=True)
 
 
+def write_whole(path, text):
+    """Writes a file that is there as a whole or not at all, even if several processes write it at a time."""
+    part = Path(f"{path}.{uuid.uuid4().hex}.unfinished")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
 def store():
     """The process group's key-value store, which answers also while other ranks wait in a collective."""
     return dist.distributed_c10d._get_default_store()  # torch has no public way to it
@@ -76,10 +83,9 @@ def store():
 
 def gather_objects(value, group=None):
     """Every rank's `value` (any small picklable object), in rank order, on every rank; `group`: another one of all."""
-    values = [None] * world_size()
-    if world_size() == 1:
-        return [value]
-    dist.all_gather_object(values, value, group)
+    values = [value] * world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value, group)
     return values
 
 
@@ -159,22 +165,21 @@ class Means:
     """Running means over a step, its micro-batches and all ranks; NaN values are left out."""
 
     def __init__(self):
-        self._sums = {}
+        self._sums, self._counts = Counter(), Counter()
 
     def add(self, name, values, weight=1.0):
         """Adds a number, or each present number of a tensor or list; `weight` counts each."""
         values = torch.as_tensor(values, dtype=torch.float32).detach().flatten()
         present = ~values.isnan()
-        total, count = self._sums.get(name, (0.0, 0.0))
-        self._sums[name] = (total + values.where(present, 0.0).sum() * weight, count + present.sum() * weight)
+        self._sums[name] += values.where(present, 0.0).sum() * weight
+        self._counts[name] += present.sum() * weight
 
     def reduce(self):
         """{name: mean over all ranks}, the same on every rank; NaN where nothing was present. Starts anew."""
-        mine = {name: (float(total), float(count)) for name, (total, count) in self._sums.items()}
-        self._sums = {}
-        sums = {}
-        for of_rank in gather_objects(mine):
-            for name, (total, count) in of_rank.items():
-                before = sums.get(name, (0.0, 0.0))
-                sums[name] = (before[0] + total, before[1] + count)
-        return {name: total / count if count else float("nan") for name, (total, count) in sums.items()}
+        mine = [{name: float(value) for name, value in part.items()} for part in (self._sums, self._counts)]
+        self._sums, self._counts = Counter(), Counter()
+        sums, counts = Counter(), Counter()
+        for their_sums, their_counts in gather_objects(mine):
+            sums.update(their_sums)  # adds
+            counts.update(their_counts)
+        return {name: sums[name] / counts[name] if counts[name] else float("nan") for name in sums}

@@ -11,15 +11,17 @@ import json
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from hov2.checkpoint import set_aside
 from hov2.config import ConfigError
 from hov2.data import SkipSample, read_samples
-from hov2.distributed import barrier, compute_dtype, gather_objects, rank, store, unsharded, world_size
+from hov2.distributed import compute_dtype, gather_objects, rank, store, unsharded, world_size, write_whole
 from hov2.guard import beat
 from hov2.media import MediaError
 from hov2.model import set_training
@@ -79,15 +81,12 @@ class Evaluator:
 
     def _loaded(self, samples, batches):
         """(batch, futures of its Inputs, questions begun by all ranks) in turn; the next one is read meanwhile."""
-        ends, ahead = [*itertools.accumulate(map(len, batches))], None
+        ends = [*itertools.accumulate(map(len, batches))]
         with ThreadPoolExecutor(READERS) as pool:
-            for turn in _turns(len(batches)):
-                loading = [pool.submit(self.run.make, samples[i]) for i in batches[turn]]
-                if ahead:
-                    yield ahead
-                ahead = batches[turn], loading, ends[turn]
-            if ahead:
-                yield ahead
+            begun = ((batches[turn], [pool.submit(self.run.make, samples[i]) for i in batches[turn]], ends[turn])
+                     for turn in _turns(len(batches)))
+            for this, _ in itertools.pairwise(itertools.chain(begun, [None])):  # takes the next before this is yielded
+                yield this
 
     def _answer(self, samples, batch, loading):
         """{index: record} for the samples numbered `batch`, decoded together."""
@@ -123,41 +122,39 @@ class Journal:
 
     def __init__(self, output_dir, protocol, samples, resume=True):
         self.folder = Path(output_dir) / "answers"
-        path, protocol = self.folder / "protocol.json", protocol | {"questions and clips": _digest(samples)}
-        if not resume and rank() == 0:
-            _set_aside(Path(output_dir))
-        barrier()
-        if path.exists():
-            old, new = json.loads(path.read_text()), json.loads(json.dumps(protocol))
-            other = [f"{key} was {old.get(key)!r:.80} and is {new.get(key)!r:.80}" for key in new | old
-                     if old.get(key) != new.get(key)]
-            if other:
-                raise ConfigError(f"{self.folder}: answers of another protocol: {'; '.join(other)}. Set these back, "
-                                  "choose another output_dir, or set the answers aside with resume=false")
-        barrier()  # all have looked
-        if rank() == 0:
+        self.path = self.folder / f"rank-{rank()}.jsonl"
+        protocol = protocol | {"questions and clips": _digest(samples)}
+        if changes := gather_objects(self._begin(protocol, resume) if rank() == 0 else "")[0]:
+            raise ConfigError(f"{self.folder}: answers of another protocol: {changes}. Set these back, choose another "
+                              "output_dir, or set the answers aside with resume=false")
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write("\n" if file.tell() else "")  # ends a line that a kill may have cut short
+
+    def _begin(self, protocol, resume):
+        """Makes the folder ready for answers under `protocol`; if it has others, returns how those were had, else ""."""
+        path = self.folder / "protocol.json"
+        if not resume:
+            set_aside(self.folder.parent, ("answers", "predictions.jsonl", "results.json", "results.txt"))
+        if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             write_whole(path, json.dumps(protocol, indent=2) + "\n")
-        barrier()
-        self.path = self.folder / f"rank-{rank()}.jsonl"
-        if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
-            self.append({}, "\n")  # ends a line that a kill cut short
+        old, new = json.loads(path.read_text()), json.loads(json.dumps(protocol))
+        return "; ".join(f"{key} was {old.get(key)!r:.80} and is {new.get(key)!r:.80}" for key in new | old
+                         if old.get(key) != new.get(key))
 
     def read(self):
         """{index: record} of all answers so far, whatever rank wrote them; a line that a kill cut short is left out."""
         records = {}
         for path in sorted(self.folder.glob("rank-*.jsonl")):
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                try:
+                with suppress(ValueError):
                     entry = json.loads(line)
                     records[entry["index"]] = entry["record"]
-                except ValueError:
-                    continue
         return records
 
-    def append(self, records, before=""):
+    def append(self, records):
         """Writes {index: record} to this rank's file, at once."""
-        lines = [before] + [json.dumps({"index": i, "record": record}) + "\n" for i, record in records.items()]
+        lines = [json.dumps({"index": i, "record": record}) + "\n" for i, record in records.items()]
         with open(self.path, "a", encoding="utf-8") as file:
             file.write("".join(lines))
 
@@ -199,13 +196,6 @@ def longest_first(samples):
     return sorted(range(len(samples)), key=_length, reverse=True)  # stable: equals keep their order
 
 
-def write_whole(path, text):
-    """Writes a file that is there as a whole or not at all."""
-    part = Path(f"{path}.unfinished")
-    part.write_text(text, encoding="utf-8")
-    part.rename(path)
-
-
 _rounds = itertools.count()
 
 
@@ -227,14 +217,6 @@ def _digest(samples):
     """A checksum of the questions and of the order in which they are asked, which their clips' sizes decide."""
     asked = [[s.id, s.problem, s.problem_type, s.options, s.solution, s.paths, s.extra] for s in samples]
     return hashlib.sha256(json.dumps([asked, longest_first(samples)]).encode()).hexdigest()[:16]
-
-
-def _set_aside(output_dir):
-    found = [output_dir / name for name in ("answers", "predictions.jsonl", "results.json", "results.txt")]
-    target = output_dir / f"earlier-{1 + sum(1 for _ in output_dir.glob('earlier-*'))}"
-    for path in filter(Path.exists, found):
-        target.mkdir(exist_ok=True)
-        path.rename(target / path.name)
 
 
 def _scored(sample, text, truncated, scores):

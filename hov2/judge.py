@@ -12,18 +12,16 @@ import functools
 import hashlib
 import itertools
 import json
-import math
 import os
 import random
 import re
 import socket
 import ssl
-import tempfile
 import threading
 import time
 from base64 import b64encode
 from collections import Counter
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -31,7 +29,7 @@ from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from hov2.distributed import say
+from hov2.distributed import say, write_whole
 from hov2.rewards import block_text, set_f1
 
 FAULTS = ("timeout", "refused", "reset", "connection", "broken_off", "http_429", "http_5xx", "http_other",
@@ -169,16 +167,12 @@ class Judge:
         self.config, self.prompts, self.first_delay = config, prompts, first_delay
         headers = {"Content-Type": "application/json", "Connection": "close"} | _authorization(config.api_key_env)
         self._servers = [_Server(url, config, headers) for url in config.urls or [config.url]]
-        self._shown_urls = ", ".join(server.shown for server in self._servers)
         self._cache = Path(config.cache) if config.cache else None
         if self._cache:
             self._cache.mkdir(parents=True, exist_ok=True)
         self._pool = ThreadPoolExecutor(config.concurrency, thread_name_prefix="judge")
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._turns, self._replies = itertools.count(), []
-
-    def __repr__(self):
-        return f"Judge({self._shown_urls}, {self.config.model})"
 
     # ---- asking ----
 
@@ -195,15 +189,15 @@ class Judge:
         """
         reference, candidate = block_text(solution, "context"), block_text(completion, "context")
         if not reference:
-            return _ready(JudgeReply(None))
+            return self._pool.submit(JudgeReply, None)
         if not candidate:
-            return _ready(JudgeReply(0.0))
+            return self._pool.submit(JudgeReply, 0.0)
         return self.submit("context", reference=reference, candidate=candidate)
 
     def submit_logic(self, completion):
         """The logic reward of a completion; 0 without a request if it has no context or no think block."""
-        context, think = block_text(completion, "context"), block_text(completion, "think")
-        return self.submit("logic", context=context, think=think) if context and think else _ready(JudgeReply(0.0))
+        blocks = {tag: block_text(completion, tag) for tag in ("context", "think")}
+        return self.submit("logic", **blocks) if all(blocks.values()) else self._pool.submit(JudgeReply, 0.0)
 
     def probe(self):
         """The JudgeReply to one small question, whose `error` says why if there was none; open breakers don't count."""
@@ -213,10 +207,9 @@ class Judge:
         """Asks one small question; raises JudgeError if no server answers as one should."""
         reply = self.probe()
         if reply.error:
-            raise JudgeError(
-                f"no judge at {self._shown_urls}: {reply.error}; judge.url is what /chat/completions is appended to, "
-                "such as http://localhost:8000/v1, and judge.model the model's name there"
-            )
+            urls = ", ".join(server.shown for server in self._servers)
+            raise JudgeError(f"no judge at {urls}: {reply.error}; judge.url is what /chat/completions is appended to, "
+                             "such as http://localhost:8000/v1, and judge.model the model's name there")
 
     def forgive(self):
         """Forgets the servers' failures, so that all may be asked again: the judge is known to be back."""
@@ -247,7 +240,7 @@ class Judge:
             return JudgeReply(score)
         reply = self._ask(messages, parse=lambda text: _share(parse_score(text, maximum), maximum))
         if path and reply.score is not None:
-            _write_score(path, reply.score)
+            write_whole(path, json.dumps({"score": float(reply.score)}))
         with self._lock:
             self._replies.append(reply)
         return reply
@@ -287,7 +280,7 @@ class AccuracyJudge:
     """The judge as `rewards.accuracy_reward` uses it, for one answer; `reply` keeps what the server said. It waits."""
 
     def __init__(self, judge):
-        self.judge, self.reply = judge, None
+        self.judge, self.reply = judge, JudgeReply(None)
 
     def consistency(self, answer, reference):
         """How well two free-form answers agree, in [0, 1], or None."""
@@ -349,12 +342,6 @@ def _text_of(response, data):
     raise _Fault("no_completion", "the reply is no chat completion")
 
 
-def _ready(reply):
-    future = Future()
-    future.set_result(reply)
-    return future
-
-
 def _share(value, maximum):
     return None if value is None else value / maximum
 
@@ -374,15 +361,6 @@ def _digest(model, messages):
 
 def _read_score(path):
     """The score in a cache file; None if there is none or it can't be one (it is then asked for and written anew)."""
-    try:
+    with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
         score = json.loads(path.read_text())["score"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
-    return score if isinstance(score, float) and 0 <= score <= 1 and math.isfinite(score) else None
-
-
-def _write_score(path, score):
-    """Atomically: other threads and processes see the whole file or none."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-        json.dump({"score": float(score)}, file)
-    os.replace(file.name, path)
+        return score if isinstance(score, float) and 0 <= score <= 1 else None

@@ -7,9 +7,11 @@ import json
 import math
 import os
 import time
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from hov2 import guard
@@ -44,9 +46,10 @@ class MetricsLog:
         self.bar = tqdm(total=total_steps, initial=start_step, unit="step", disable=None if self.writes else True)
         self.trackers, self.history = [], []
         if self.writes:
-            self._file = _open_from(Path(output_dir) / "metrics.jsonl", start_step)
-            self.history += map(json.loads, (Path(output_dir) / "metrics.jsonl").read_text().splitlines())
-            self.trackers = [_TRACKERS[name](output_dir) for name in report_to]
+            path = Path(output_dir) / "metrics.jsonl"
+            self._file = _open_from(path, start_step)
+            self.history += map(json.loads, path.read_text(encoding="utf-8").splitlines())
+            self.trackers = [_tracker(name, output_dir) for name in report_to]
 
     def write(self, step, metrics):
         """Appends `{"step": step, **metrics}`; values are numbers, one-element tensors or arrays, None or text."""
@@ -93,7 +96,7 @@ class Timer:
     """
 
     def __init__(self):
-        self._seconds = {}
+        self._seconds = Counter()
 
     @contextmanager
     def __call__(self, name):
@@ -101,15 +104,31 @@ class Timer:
         start = time.perf_counter()
         guard.beat(name)
         try:
-            yield
+            with torch.profiler.record_function(name):
+                yield
         finally:
-            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+            self._seconds[name] += time.perf_counter() - start
             guard.beat(f"after {name}")
 
     def pop(self):
         """`{"time/<name>": seconds}` since the last pop."""
-        seconds, self._seconds = self._seconds, {}
+        seconds, self._seconds = self._seconds, Counter()
         return {f"time/{name}": value for name, value in seconds.items()}
+
+
+def traced(steps, config, rank):
+    """Yields `steps`; those named in `config.profile_steps` run under torch.profiler.
+
+    Each leaves `output_dir/trace-STEP-rankRANK.json`, with the timer's parts as named stretches, for chrome://tracing
+    or Perfetto.
+    """
+    for step in steps:
+        if step not in config.profile_steps:
+            yield step
+            continue
+        path = f"{config.output_dir}/trace-{step}-rank{rank}.json"
+        with torch.profiler.profile(on_trace_ready=lambda profiler, path=path: profiler.export_chrome_trace(path)):
+            yield step
 
 
 def console_line(step, total_steps, metrics):
@@ -154,27 +173,16 @@ def _plain(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _tensorboard(output_dir):
+def _tracker(name, output_dir):
+    """What passes a step's number and metrics on to TensorBoard or W&B, a function of both."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ConfigError("report_to: tensorboard is not installed (pip install tensorboard)") from None
-    writer = SummaryWriter(str(Path(output_dir) / "tensorboard"))
+        if name == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
 
-    def track(step, metrics):
-        for name, value in metrics.items():
-            writer.add_scalar(name, value, step)
-
-    return track
-
-
-def _wandb(output_dir):
-    try:
+            writer = SummaryWriter(str(Path(output_dir) / "tensorboard"))
+            return lambda step, metrics: [writer.add_scalar(*metric, step) for metric in metrics.items()]
         import wandb
     except ImportError:
-        raise ConfigError("report_to: wandb is not installed (pip install wandb)") from None
+        raise ConfigError(f"report_to: {name} is not installed (pip install {name})") from None
     run = wandb.init(project="hov2", name=Path(output_dir).name, dir=str(output_dir))
     return lambda step, metrics: run.log(metrics, step=step)
-
-
-_TRACKERS = {"tensorboard": _tensorboard, "wandb": _wandb}

@@ -272,20 +272,25 @@ class Encoder:
             if len(self._features) < self.cache_size:
                 self._features[inputs.media_key] = visual, audio
                 self.known[inputs.media_key] = inputs.shape
-        return Prompt(inputs.prompt_ids.to(self.device), self._positions(inputs).to(self.device), visual, audio)
+        return Prompt(self._send(inputs.prompt_ids), self._send(self._positions(inputs)), visual, audio)
+
+    def _send(self, tensor):
+        """`tensor` on the device; a GPU copies it from pinned memory while this process goes on."""
+        pinned = tensor.pin_memory() if self.device.type == "cuda" else tensor
+        return pinned.to(self.device, non_blocking=True)
 
     def _visual(self, inputs):
         if inputs.pixel_values is None:
             return None
         model = self.thinker.model
         features = model.get_image_features if inputs.shape.visual_kind == "image" else model.get_video_features
-        output = features(inputs.pixel_values.to(self.device), inputs.shape.grid_thw.to(self.device))
+        output = features(self._send(inputs.pixel_values), inputs.shape.grid_thw.to(self.device))
         return output.pooler_output[0]
 
     def _audio(self, inputs):
         if inputs.mel is None:
             return None
-        mel = inputs.mel.to(self.device, self.thinker.model.audio_tower.dtype)[None]
+        mel = self._send(inputs.mel).to(self.thinker.model.audio_tower.dtype)[None]
         mask = torch.ones(mel.shape[0], mel.shape[2], dtype=torch.long, device=self.device)
         return self.thinker.model.get_audio_features(mel, mask).last_hidden_state
 

@@ -4,13 +4,13 @@
 Each type has one parser, which reads an answer (None or empty: nothing usable in it), and one scorer.
 """
 
+import functools
 import math
+import operator
 import re
 import unicodedata
 from fractions import Fraction
 from typing import NamedTuple
-
-TAGS = ("context", "think", "answer")
 
 _STRICT = re.compile(r"<context>(.*?)</context>\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>", re.DOTALL)
 # The released pattern; atomic groups, because the first place where each part can end is as good as any later one.
@@ -19,6 +19,7 @@ _RELEASED = re.compile(r"<context>(?>.*?</context>\s*<think>)(?>.*?</think>\s*<a
 _THINK = re.compile(r"<think>.*?</think>", re.DOTALL)
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _ANY_TAG = re.compile(r"</?(?:context|think|answer)>")
+_ONE_OF_EACH = sorted(f"<{slash}{name}>" for name in ("context", "think", "answer") for slash in ("", "/"))
 
 
 def format_reward(text, rule="strict"):
@@ -31,9 +32,7 @@ def format_reward(text, rule="strict"):
         return float(_RELEASED.match(text) is not None)
     if rule != "strict":
         raise ValueError(f"format rule {rule!r} is not one of 'strict', 'released'")
-    if any(text.count(tag) != 1 for name in TAGS for tag in (f"<{name}>", f"</{name}>")):
-        return 0.0
-    match = _STRICT.fullmatch(text.strip())
+    match = _STRICT.fullmatch(text.strip()) if sorted(_ANY_TAG.findall(text)) == _ONE_OF_EACH else None
     return float(match is not None and all(inner.strip() for inner in match.groups()))
 
 
@@ -86,16 +85,11 @@ def check_reference(solution, problem_type):
     answer = answer_text(solution)
     if answer is None and not _ANY_TAG.search(solution):
         answer = solution.strip()
-    if not answer:
-        raise ValueError(f"solution {_short(solution)}: no answer in it")
-    reference = PROBLEM_TYPES[problem_type][0](answer)
+    reference = PROBLEM_TYPES[problem_type][0](answer) if answer else None
     if not reference:
-        raise ValueError(f"solution {_short(solution)}: {_short(answer)} is no answer of the type {problem_type!r}")
+        what = f"{answer!r:.60} is no answer of the type {problem_type!r}" if answer else "no answer in it"
+        raise ValueError(f"solution {solution!r:.60}: {what}")
     return reference
-
-
-def _short(text):
-    return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
 # ---------------------------------------------------------------------------------------------- choices
@@ -169,16 +163,6 @@ def _letters_at_start(text, many):
         return set()
     later = _LISTED.findall(text, start.end()) + (_SPACED.findall(text, start.end()) if many else [])
     return {letter.upper() for letter in letters + later}
-
-
-def choice_list(text):
-    """`choice_letters` where several letters are the rule."""
-    return choice_letters(text, many=True)
-
-
-def same(answer, reference):
-    """1 if both are equal, else 0."""
-    return answer == reference
 
 
 def set_f1(answer, reference, synonyms=0):
@@ -315,12 +299,13 @@ def ocr_accuracy(answer, reference):
     return max(0.0, 1 - _edit_distance(hypothesis, target) / len(target))
 
 
-def _edit_distance(a, b):
+def _edit_distance(a, b, substitution=1):
+    """What it costs to turn `a` into `b`; an insertion or a deletion costs 1."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         diagonal, row[0] = row[0], i
         for j, y in enumerate(b, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + substitution * (x != y))
     return row[-1]
 
 
@@ -329,12 +314,8 @@ def rouge_l(answer, reference):
     a, b = _rouge_words(answer), _rouge_words(reference)
     if not a or not b:
         return float(answer == reference)  # signs only
-    row = [0] * (len(b) + 1)
-    for x in a:
-        diagonal = 0
-        for j, y in enumerate(b, 1):
-            diagonal, row[j] = row[j], diagonal + 1 if x == y else max(row[j], row[j - 1])
-    return 2 * row[-1] / (len(a) + len(b))
+    total = len(a) + len(b)  # of which all that is deleted or inserted is not in the common subsequence
+    return (total - _edit_distance(a, b, substitution=2)) / total
 
 
 def _rouge_words(text):
@@ -353,9 +334,9 @@ def _fold(text):
 
 
 PROBLEM_TYPES = {  # name: (parser of answer and reference, scorer)
-    "multiple choice": (choice_letters, same),
-    "emer_ov_mc": (choice_list, set_f1),
-    "judge": (yes_or_no, same),
+    "multiple choice": (choice_letters, operator.eq),
+    "emer_ov_mc": (functools.partial(choice_letters, many=True), set_f1),
+    "judge": (yes_or_no, operator.eq),
     "numerical": (parse_number, same_number),
     "regression": (find_number, relative_accuracy),
     "OCR": (str.strip, ocr_accuracy),

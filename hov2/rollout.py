@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from hov2.model import decode, embed
-from hov2.prefix import pack, packed_attention
+from hov2.prefix import pack
 
 LEAVE_EVERY = 8  # tokens between looks at which rows have ended (each look waits for the device)
 
@@ -99,32 +99,33 @@ def generate(thinker, prompts, num_generations, sampling, generators, on_token=N
 
 
 def _prefill(thinker, prompts, num_generations, max_completion_length):
-    """Runs the prompts once; returns the hidden states that predict the first tokens (R, D), and the cache."""
-    row = pack(prompts)
-    cache = _Cache(row.segments, num_generations, max_completion_length)
-    embeds = embed(thinker, row.ids, row.visual, row.audio)
-    hidden = decode(thinker, embeds[None], row.position_ids[:, None], cache.attend_prefill)[0]
-    last = [s.prompt_end - 1 for s in row.segments for _ in range(num_generations)]
-    return hidden[last], cache
+    """Runs each prompt once; returns the hidden states that predict the first tokens (R, D), and the cache."""
+    cache, last = _Cache(len(prompts), num_generations, max_completion_length), []
+    for prompt in prompts:  # packed into one row they would take as long, and the memory of all at a time
+        row = pack([prompt])
+        embeds = embed(thinker, row.ids, row.visual, row.audio)
+        hidden = decode(thinker, embeds[None], row.position_ids[:, None], cache.attend_prefill)
+        last.append(hidden[0, -1:].expand(num_generations, -1))
+    return torch.cat(last), cache
 
 
 class _Cache:
     """Keys and values: each prompt's once, and the rows' own in buffers that are allocated once."""
 
-    def __init__(self, segments, num_generations, length):
-        self.segments, self.length = segments, length
-        self.owner = [i for i in range(len(segments)) for _ in range(num_generations)]
+    def __init__(self, prompts, num_generations, length):
+        self.length = length
+        self.owner = [i for i in range(prompts) for _ in range(num_generations)]
         self.prompts, self.own_keys, self.own_values = [], [], []  # one entry a layer
 
     def attend_prefill(self, layer, query, key, value, scale):
-        """Attention of the packed prompts, keeping their keys and values."""
-        assert layer == len(self.prompts), "layers are expected in order, once"
-        spans = [slice(s.start, s.prompt_end) for s in self.segments]
-        self.prompts.append([(key[0, :, s].clone(), value[0, :, s].clone()) for s in spans])  # each (kv heads, P, hd)
-        shape = len(self.owner), key.shape[1], self.length, key.shape[3]
-        self.own_keys.append(key.new_empty(shape))
-        self.own_values.append(value.new_empty(shape))
-        return packed_attention(self.segments)(layer, query, key, value, scale)
+        """Attention of one prompt, keeping its keys and values; prompts are expected in order."""
+        if layer == len(self.prompts):  # of the first prompt
+            shape = key.shape[1], len(self.owner), self.length, key.shape[3]
+            self.prompts.append([])
+            self.own_keys.append(key.new_empty(shape))
+            self.own_values.append(value.new_empty(shape))
+        self.prompts[layer].append((key[0].transpose(1, 2).contiguous(), value[0].contiguous()))  # as decoding reads them
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
 
     def attend(self, t):
         """The attention of decoding step `t`, one query a row: what `model.decode` takes."""
@@ -132,16 +133,15 @@ class _Cache:
 
     def _attend(self, t, runs, layer, query, key, value, scale):
         own_k, own_v = self.own_keys[layer], self.own_values[layer]
-        own_k[:, :, t], own_v[:, :, t] = key[:, :, 0], value[:, :, 0]
-        parts = [_decode_attention(query[rows], *self.prompts[layer][prompt], own_k[rows, :, :t + 1],
-                                   own_v[rows, :, :t + 1], scale) for prompt, rows in runs]
-        return torch.cat(parts)
+        own_k[:, :, t], own_v[:, :, t] = key[:, :, 0].transpose(0, 1), value[:, :, 0].transpose(0, 1)
+        prompts = [(*self.prompts[layer][prompt], rows) for prompt, rows in runs]
+        return _decode_attention(query * scale, prompts, own_k[:, :, :t + 1], own_v[:, :, :t + 1])
 
     def select(self, keep, owner):
         """Keeps the rows numbered `keep`."""
         self.owner = owner
-        self.own_keys = [k[keep] for k in self.own_keys]
-        self.own_values = [v[keep] for v in self.own_values]
+        self.own_keys = [k[:, keep] for k in self.own_keys]
+        self.own_values = [v[:, keep] for v in self.own_values]
 
 
 def _runs(owner):
@@ -150,21 +150,24 @@ def _runs(owner):
     return [(owner[a], slice(a, b)) for a, b in zip(starts, [*starts[1:], len(owner)])]
 
 
-def _decode_attention(query, prompt_k, prompt_v, own_k, own_v, scale):
-    """One prompt's rows, one query each, over [the prompt's keys, shared | the row's own].
+def _decode_attention(query, prompts, own_k, own_v):
+    """Attention of R rows, one scaled query each, over [the keys of the row's prompt, shared | the row's own].
 
-    query (g, heads, 1, hd), prompt_k and prompt_v (kv heads, P, hd), own_k and own_v (g, kv heads, T, hd).
-    The prompt's keys are read once for all g rows: their queries form one matrix a key-value head.
+    query (R, heads, 1, hd); own_k and own_v (kv heads, R, T, hd); prompts: (keys (kv heads, hd, P), values (kv heads,
+    P, hd), slice of its rows), in the order of the rows. The keys of a prompt are read once for all its rows: their
+    queries form one matrix a key-value head.
     """
-    g, heads, _, hd = query.shape
-    kv, p, _ = prompt_k.shape
-    q = query.view(g, kv, heads // kv, hd)
-    shared = (q.transpose(0, 1).reshape(kv, -1, hd) @ prompt_k.transpose(1, 2)).view(kv, g, -1, p).transpose(0, 1)
-    scores = torch.cat([shared, q @ own_k.transpose(2, 3)], -1)  # (g, kv, heads / kv, P + T)
-    weights = (scores.float() * scale).softmax(-1).to(query.dtype)
-    on_prompt = weights[..., :p].transpose(0, 1).reshape(kv, -1, p) @ prompt_v
-    out = on_prompt.view(kv, g, -1, hd).transpose(0, 1) + weights[..., p:] @ own_v
-    return out.reshape(g, heads, 1, hd)
+    kv, r, _, hd = own_k.shape
+    query = query.view(r, kv, -1, hd).transpose(0, 1)  # (kv, R, heads / kv, hd)
+    own_scores = query @ own_k.transpose(2, 3)  # (kv, R, heads / kv, T)
+    on_prompt, own_weights = [], []
+    for keys, values, rows in prompts:
+        scores = torch.cat([query[:, rows].flatten(1, 2) @ keys, own_scores[:, rows].flatten(1, 2)], -1)
+        weights = scores.softmax(-1, dtype=torch.float32).to(scores.dtype)  # (kv, rows * heads / kv, P + T)
+        on_prompt.append(weights[..., :keys.shape[2]] @ values)
+        own_weights.append(weights[..., keys.shape[2]:])
+    out = torch.cat(on_prompt, 1).view_as(query) + torch.cat(own_weights, 1).view_as(own_scores) @ own_v
+    return out.transpose(0, 1).reshape(r, -1, 1, hd)
 
 
 def _sample(logits, sampling, suppressed, generators, counts):
@@ -173,9 +176,9 @@ def _sample(logits, sampling, suppressed, generators, counts):
     counts: rows of each prompt, in order. Gumbel's trick with exponential noise: argmax(p / noise) is a draw from p, on
     the device and without waiting for it.
     """
-    logits = logits / (sampling.temperature or 1.0)
+    logits = logits.div_(sampling.temperature or 1.0)
     normaliser = logits.logsumexp(-1)
-    allowed = logits.index_fill(-1, suppressed, -torch.inf)
+    allowed = logits.index_fill_(-1, suppressed, -torch.inf)  # in place: the normaliser has been taken
     if sampling.temperature == 0:
         token = allowed.argmax(-1)
     else:

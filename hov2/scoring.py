@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from hov2.distributed import gather_objects, rank, say, world_size
 from hov2.guard import beat
-from hov2.judge import FAULTS, AccuracyJudge, JudgeError
+from hov2.judge import FAULTS, AccuracyJudge, JudgeError, JudgeReply
 from hov2.rewards import accuracy_reward, format_reward
 
 HEARTBEAT = 5.0  # seconds between two signs of life of ranks that wait
@@ -103,10 +103,8 @@ class Scorer:
 
     def note(self, samples):
         """What a reader of the log should know about how these samples are scored, or ""."""
-        free = sum(sample.problem_type == "free-form" for sample in samples)
-        if not free or self.judge is not None:
-            return ""
-        return f"no judge: {free} free-form answers are scored by their overlap (ROUGE-L)"
+        free = 0 if self.judge else sum(sample.problem_type == "free-form" for sample in samples)
+        return f"no judge: {free} free-form answers are scored by their overlap (ROUGE-L)" if free else ""
 
     def _wait(self, futures, gather):
         """Waits for the futures of all ranks. Every few seconds these show each other that they are there: the process
@@ -117,13 +115,12 @@ class Scorer:
     def _wait_for_judge(self, asks, gather, why):
         """Returns once the judge answers the rank that `asks`."""
         say(f"waiting for the judge: {why}")
-        back = False
-        while not back:
+        probes = []
+        while not any(gather(any(probe.result().error is None for probe in probes))):
             time.sleep(HEARTBEAT)
             beat("judge")
             probes = [self._pool.submit(self.judge.probe)] if asks else []
             self._wait(probes, gather)
-            back = any(gather(any(probe.result().error is None for probe in probes)))
         say("the judge is back: asking again for what is missing")
         self.judge.forgive()
 
@@ -131,11 +128,12 @@ class Scorer:
         if name == "format":
             return Score(format_reward(text, self.format_rule))
         if name == "accuracy":
-            judge = None if self.judge is None else AccuracyJudge(self.judge)
+            judge = self.judge and AccuracyJudge(self.judge)
             value = accuracy_reward(text, sample.solution, sample.problem_type, judge, evaluation=self.evaluation)
-            reply = judge and judge.reply
-            return Score(value, value is None, reply and reply.raw, reply and reply.error, bool(reply))
-        asked = self.judge.submit_context(text, sample.solution) if name == "context" else self.judge.submit_logic(text)
-        reply = asked.result()
+            reply = judge.reply if judge else JudgeReply(None)
+        else:
+            reply = (self.judge.submit_context(text, sample.solution) if name == "context" else
+                     self.judge.submit_logic(text)).result()
+            value = reply.score
         missing = reply.error is not None
-        return Score(reply.score, missing, reply.raw, reply.error, missing or reply.score is not None)
+        return Score(value, missing, reply.raw, reply.error, judged=missing or reply.score is not None)

@@ -13,7 +13,7 @@ from hov2.config import GRPOConfig, LoRAConfig, SFTConfig
 from hov2.model import add_lora, set_training
 from hov2.optim import make_optimizer
 from hov2.plan import held, kv_bytes, main, plan, rollout, shapes_of, update
-from hov2.prefix import group_logps, pack
+from hov2.prefix import group_logps
 from hov2.rollout import _Cache
 
 FLOAT = 4  # the tiny thinkers compute in float32
@@ -69,10 +69,11 @@ def test_keys_and_values_are_exact():
     thinker = policy_of(tiny_thinker()).thinker
     prompts, (generations, length) = random_prompts(thinker, 2), (3, 7)
     shapes, tokens = shapes_of(thinker), sum(len(p.ids) for p in prompts)
-    cache, kv_heads, size = _Cache(pack(prompts).segments, generations, length), 2, shapes.kv // 2
-    for layer in range(shapes.layers):
-        query, key = torch.zeros(1, 4, tokens, size), torch.zeros(1, kv_heads, tokens, size)
-        cache.attend_prefill(layer, query, key, key, 1.0)
+    cache, kv_heads, size = _Cache(len(prompts), generations, length), 2, shapes.kv // 2
+    for prompt in prompts:
+        query, key = (torch.zeros(1, heads, len(prompt.ids), size) for heads in (4, kv_heads))
+        for layer in range(shapes.layers):
+            cache.attend_prefill(layer, query, key, key, 1.0)
     own = [*cache.own_keys, *cache.own_values]
     kept = [tensor for layer in cache.prompts for pair in layer for tensor in pair]
     assert kv_bytes(shapes, tokens + 2 * generations * length, FLOAT) == sum(t.nbytes for t in own + kept)

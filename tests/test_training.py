@@ -58,6 +58,9 @@ def single_process_runs(lab):
     runs.append(run(lab, "grpo", "bnpo", "loss_type=bnpo", "beta=0.0", "scale_rewards=true", "credit=released",
                     "max_steps=1", "gate_threshold=0.4"))
     runs.append(run(lab, "grpo", "masked", "mask_truncated_completions=true", "max_steps=1", "max_completion_length=1"))
+    runs.append(run(lab, "grpo", "token-chunks", "completions_per_forward=3", "profile_steps=[1]"))
+    runs.append(run(lab, "grpo", "counted", "max_steps=1", "num_iterations=1", "per_device_train_batch_size=2"))
+    runs.append(run(lab, "grpo", "zero-beta-counted", "max_steps=1", "beta=0.0"))
     return runs
 
 
@@ -127,6 +130,41 @@ def test_two_processes_equal_one(lab, kind):
 @pytest.mark.parametrize("kind", LOSSES)
 def test_accumulation_equals_one_batch(lab, kind):
     assert_same_run(lab, f"{kind}-1", f"{kind}-batch")
+
+
+def test_completions_in_chunks_equal_all_at_once(lab):
+    assert_same_run(lab, "token-1", "token-chunks")
+
+
+def test_a_profiled_step_leaves_a_trace_with_its_parts(lab):
+    assert [path.name for path in (lab / "token-chunks").glob("trace-*")] == ["trace-1-rank0.json"]
+    events = json.loads((lab / "token-chunks" / "trace-1-rank0.json").read_text())["traceEvents"]
+    assert {"rollout", "logps", "update"} <= {event["name"] for event in events}
+    assert any(event["name"].startswith("aten::") for event in events)
+
+
+def test_nothing_is_computed_twice_in_a_step(lab):
+    counts = json.loads((lab / "counted" / "counts.json").read_text())
+    prompts, completions = map(sum, zip(*next(value for name, value in counts if name == "items_of_step")))
+    assert [value for name, value in counts if name == "_prefill"] == [prompts]  # each prompt once
+    of_towers = [[value for name, value in counts if name == tower] for tower in ("_visual", "_audio")]
+    assert len(of_towers[0]) == len(of_towers[1]) == 4 and sum(of_towers[0]) > 0  # once for each of the step's prompts
+    rows = [value for name, value in counts if name == "decode"]
+    assert len(rows) == 4 and sum(rows) == 2 * (prompts + completions)  # two batches: the reference's, the update's
+    logps = [value for name, value in counts if name == "chunked_token_logps"]
+    assert sum(logps) == 2 * completions  # none of prompt tokens
+
+
+def test_the_judge_works_while_the_reference_does(lab):
+    names = [name for name, _ in json.loads((lab / "counted" / "counts.json").read_text())]
+    last_asked = len(names) - 1 - names[::-1].index("submit")
+    assert last_asked < names.index("decode") < names.index("settle")
+
+
+def test_without_kl_there_is_no_reference(lab):
+    counts = json.loads((lab / "zero-beta-counted" / "counts.json").read_text())
+    assert [value for name, value in counts if name == "load_reference"] == [False]
+    assert len([1 for name, _ in counts if name == "decode"]) == 2 * 4  # two iterations over four batches, no more
 
 
 def test_sft_is_the_same_however_it_is_split(lab):

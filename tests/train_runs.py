@@ -19,7 +19,7 @@ import torch
 import evaluate
 import train_grpo
 import train_sft
-from hov2 import distributed, setup
+from hov2 import distributed, model, prefix, rollout, setup
 from hov2.config import EvalConfig, GRPOConfig, SFTConfig, load_config
 from hov2.scoring import Score
 
@@ -46,6 +46,30 @@ class HashScorer:
         return ""
 
 
+def count_work(model, counts):
+    """Adds to `counts`, a list, what the towers, the decoder and the log-probs are asked for, in order."""
+
+    def counted(module, name, what):
+        function = getattr(module, name)
+
+        def wrapper(*args, **kwargs):
+            counts.append([name, what(*args)])
+            return function(*args, **kwargs)
+
+        setattr(module, name, wrapper)
+
+    counted(model.Encoder, "_visual", lambda _, inputs: int(inputs.pixel_values is not None))
+    counted(model.Encoder, "_audio", lambda _, inputs: int(inputs.mel is not None))
+    counted(prefix, "decode", lambda thinker, embeds, *_: embeds.shape[1])
+    counted(rollout, "_prefill", lambda thinker, prompts, *_: sum(len(prompt.ids) for prompt in prompts))
+    counted(prefix, "chunked_token_logps", lambda hidden, *_: len(hidden))
+    counted(train_grpo, "load_reference", lambda config, *_: bool(config.beta))
+    counted(train_grpo, "items_of_step", lambda groups, _: [
+        [len(group.prompt.ids), group.rollout.completion_ids.numel()] for group in groups])
+    counted(HashScorer, "submit", lambda *_: 1)
+    counted(HashScorer, "settle", lambda *_: 1)
+
+
 def stand_in_judge(config, prompts):
     """A judge that is never asked."""
     return SimpleNamespace(check=lambda: None, config=config)
@@ -59,4 +83,8 @@ if __name__ == "__main__":
     for script, config, overrides in json.loads(Path(sys.argv[1]).read_text()):
         module, kind = {"sft": (train_sft, SFTConfig), "grpo": (train_grpo, GRPOConfig),
                         "eval": (evaluate, EvalConfig)}[script]
-        module.main(load_config(kind, config, overrides))
+        config, counts = load_config(kind, config, overrides), []
+        if config.output_dir.endswith("counted"):  # the last runs: the counting is not undone
+            count_work(model, counts)
+        module.main(config)
+        (Path(config.output_dir) / "counts.json").write_text(json.dumps(counts))
