@@ -85,7 +85,7 @@ def read_media(path, *, fps=2.0, max_frames=32, min_pixels=4 * 28 * 28, max_pixe
     that is not media, one without picture and sound, one too damaged, a picture more than 200 times as wide as high.
     """
     path = os.fspath(path)
-    _check_file(path)
+    check_file(path)
     try:
         # "file:" keeps a colon in a name from meaning a protocol; the whitelist holds for what a file refers to as well
         container = av.open(f"file:{path}", metadata_errors="ignore", options={"protocol_whitelist": "file"})
@@ -187,7 +187,8 @@ def _whisper():
                                    chunk_length=MAX_AUDIO_SECONDS, dither=0.0)
 
 
-def _check_file(path):
+def check_file(path):
+    """The os.stat of a file that isn't empty. Raises MediaError for what isn't one."""
     try:
         info = os.stat(path)
     except FileNotFoundError:
@@ -198,6 +199,7 @@ def _check_file(path):
         raise MediaError(path, "is a directory" if stat.S_ISDIR(info.st_mode) else "not a regular file")
     if info.st_size == 0:
         raise MediaError(path, "is empty")
+    return info
 
 
 def _size(path, min_pixels, max_pixels, picture):
@@ -213,12 +215,11 @@ def _demux(path, container, video, audio):
     streams = [s for s in (video, audio) if s]
     packets, sound = [], _Sound(audio) if audio else None
     counts, ends, problem = {s: 0 for s in streams}, {s: 0 for s in streams}, None
-    is_avi = container.format.name == "avi"
     try:
         for packet in container.demux(streams):
             stream, pts = packet.stream, packet.pts  # `stream_index` is 0 in every end mark of PyAV's
             counts[stream] += 1
-            if is_avi and stream is video and packet.dts is not None:
+            if stream is video and packet.dts is not None and container.format.name == "avi":
                 counts[stream] = packet.dts + 1  # FFmpeg passes over empty packets, the header counts them
             if pts is not None and pts > ends[stream]:
                 ends[stream] = pts
