@@ -21,7 +21,7 @@ COUNTS = ("max_steps", "samples_per_step", "prompts_per_step", "per_device_train
           "max_new_tokens", "batch_size", "num_samples", "rank", "concurrency", "breaker_failures",
           "missing_window")  # at least 1
 LIMITS = ("save_steps", "keep_last", "keep_every", "loader_workers", "max_bad_steps", "max_hours", "hang_minutes",
-          "temperature", "top_k")  # at least 0
+          "temperature", "top_k", "media_cache_gib")  # at least 0
 MINIMUM = dict.fromkeys(COUNTS, 1) | dict.fromkeys(LIMITS, 0)  # of the fields with these names, in any class below
 
 
@@ -127,6 +127,8 @@ class BaseConfig(Checked):
     max_prompt_length: int | None = None  # tokens, media included
     on_long_prompt: Literal["error", "skip", "fewer_frames"] = "error"
     encoding_cache: int = 0  # clips whose tower outputs are kept in memory (the towers are frozen, so this is exact)
+    media_cache: str | None = None  # folder for decoded clips, shared by all ranks and runs; null: decoded each time
+    media_cache_gib: float = 20.0  # of them at most; the longest unused are removed
     judge: JudgeConfig | None = None
     hang_minutes: float = 30.0  # a phase that lasts longer is said, with the rank and its stack; 0: never
     why: dict[str, str] = field(default_factory=dict)  # for readers: why a key has the value it has; nothing reads it

@@ -9,6 +9,7 @@ not by time; pixel aspect ratios, EXIF orientation and mirrored display matrices
 """
 
 import functools
+import itertools
 import math
 import os
 import re
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from av.error import FFmpegError
 from av.stream import Disposition
+from av.video.reformatter import VideoReformatter
 from torch.nn.functional import interpolate
 from transformers import WhisperFeatureExtractor
 
@@ -30,6 +32,7 @@ TEMPORAL = 2  # frames in a patch
 MIN_FRAMES = 4  # frames taken of a clip that has them, however short it is
 MAX_ASPECT = 200
 MAX_AUDIO_SECONDS = 300  # what the audio tower was made for
+BLOCK = 1 << 16  # samples of a channel that are mixed down at a time
 MAX_AMPLITUDE = 1e6  # of sound, where 1 is full scale: floating-point files may be above it, damaged ones at 1e30
 MAX_LOST = 0.01  # share of a video's packets that may be undecodable
 
@@ -82,7 +85,7 @@ def read_media(path, *, fps=2.0, max_frames=32, min_pixels=4 * 28 * 28, max_pixe
     that is not media, one without picture and sound, one too damaged, a picture more than 200 times as wide as high.
     """
     path = os.fspath(path)
-    _check_file(path)
+    check_file(path)
     try:
         # "file:" keeps a colon in a name from meaning a protocol; the whitelist holds for what a file refers to as well
         container = av.open(f"file:{path}", metadata_errors="ignore", options={"protocol_whitelist": "file"})
@@ -184,7 +187,8 @@ def _whisper():
                                    chunk_length=MAX_AUDIO_SECONDS, dither=0.0)
 
 
-def _check_file(path):
+def check_file(path):
+    """The os.stat of a file that isn't empty. Raises MediaError for what isn't one."""
     try:
         info = os.stat(path)
     except FileNotFoundError:
@@ -195,6 +199,7 @@ def _check_file(path):
         raise MediaError(path, "is a directory" if stat.S_ISDIR(info.st_mode) else "not a regular file")
     if info.st_size == 0:
         raise MediaError(path, "is empty")
+    return info
 
 
 def _size(path, min_pixels, max_pixels, picture):
@@ -209,23 +214,24 @@ def _demux(path, container, video, audio):
     """One pass over the file: the video's packets, still compressed, and the sound, decoded as it passes."""
     streams = [s for s in (video, audio) if s]
     packets, sound = [], _Sound(audio) if audio else None
-    counts, end, problem = {s.index: 0 for s in streams}, 0.0, None
+    counts, ends, problem = {s: 0 for s in streams}, {s: 0 for s in streams}, None
     try:
         for packet in container.demux(streams):
-            counts[packet.stream.index] += 1  # `stream_index` is 0 in every end mark of PyAV's
-            if container.format.name == "avi" and packet.dts is not None and packet.stream is video:
-                counts[video.index] = packet.dts + 1  # FFmpeg passes over empty packets, the header counts them
-            if packet.pts is not None:
-                end = max(end, float(packet.pts * packet.time_base))
+            stream, pts = packet.stream, packet.pts  # `stream_index` is 0 in every end mark of PyAV's
+            counts[stream] += 1
+            if stream is video and packet.dts is not None and container.format.name == "avi":
+                counts[stream] = packet.dts + 1  # FFmpeg passes over empty packets, the header counts them
+            if pts is not None and pts > ends[stream]:
+                ends[stream] = pts
             if packet.size == 0:  # "repeat the last frame" of AVI and Theora, and PyAV's end mark; decoders refuse it
                 continue
-            if video and packet.stream_index == video.index:
+            if stream is video:
                 packets.append(packet)
             else:
                 sound.feed(packet)
     except FFmpegError as error:
         problem = f"can't be read to its end ({error.strerror})"
-    problem = problem or _shortage(container, streams, counts, end)
+    problem = problem or _shortage(container, counts, max(float(ends[s] * s.time_base) for s in streams))
     if problem:
         warnings.warn(f"{path}: {problem}; using what is there", stacklevel=3)
     if sound:
@@ -233,12 +239,12 @@ def _demux(path, container, video, audio):
     return packets, sound
 
 
-def _shortage(container, streams, counts, end):
+def _shortage(container, counts, end):
     """In words, what the header promises beyond what is in the file (None: nothing); `end` in seconds."""
     name = container.format.name
-    for stream in streams:  # `counts` has PyAV's end mark too: one more than there are, as some AVI headers count
-        if stream.frames > counts[stream.index] and (stream.type == "video" or name.startswith("mov")):
-            return f"{counts[stream.index] - 1} {stream.type} packets where the header counts {stream.frames}"
+    for stream, count in counts.items():  # with PyAV's end mark: one more than there are, as some AVI headers count
+        if stream.frames > count and (stream.type == "video" or name.startswith("mov")):
+            return f"{count - 1} {stream.type} packets where the header counts {stream.frames}"
     promised = (container.duration or 0) / av.time_base
     if name.startswith("matroska") and end < 0.95 * promised - 1:
         return f"ends at {end:.1f} s where the header says {promised:.1f} s"
@@ -247,7 +253,7 @@ def _shortage(container, streams, counts, end):
 
 def _decode(codec, packets, errors):
     """Frames of `packets`, in the order shown; what can't be decoded goes to `errors`. Leaves the decoder empty."""
-    for packet in [*packets, None]:  # None: whatever the decoder still holds back
+    for packet in itertools.chain(packets, [None]):  # None: whatever the decoder still holds back
         try:
             yield from codec.decode(packet)
         except FFmpegError as error:
@@ -261,7 +267,8 @@ class _Video:
     def __init__(self, path, stream, packets, size):
         self.path, self.stream, self.packets, self.size = path, stream, packets, size
         self.codec = stream.codec_context
-        self.codec.thread_type = "SLICE"  # threads by frame hide errors, and clips are read side by side anyway
+        self.codec.thread_count = 1  # clips are read side by side anyway; and threads by frame would hide errors
+        self.to_rgb = VideoReformatter()
         self.target = None  # (height, width), from the first frame seen
         self.fps = float(stream.average_rate or stream.guessed_rate or 0)
 
@@ -289,10 +296,22 @@ class _Video:
         found, errors = {}, []
         stamps = {self.packets[i].pts for i in wanted}
         for start, stop in _runs(self.packets, set(wanted)):
-            for frame in _decode(self.codec, self.packets[start:stop], errors):
+            for frame in _decode(self.codec, self._needed(range(start, stop), set(wanted)), errors):
                 if frame.pts in stamps:
                     found[frame.pts] = self._picture(frame)
         return [found[self.packets[i].pts] for i in wanted] if not errors and len(found) == len(stamps) else None
+
+    def _needed(self, run, wanted):
+        """The packets numbered `run`; the decoder is to pass over those that are neither wanted nor leant on.
+
+        Only H.264 says of a frame that no other at all leans on it. HEVC says it of those of the same temporal layer;
+        VP9 and AV1 adapt their probabilities by every frame.
+        """
+        can_skip = self.codec.name == "h264"
+        for i in run:
+            self.codec.skip_frame = "NONREF" if can_skip and i not in wanted else "DEFAULT"
+            yield self.packets[i]
+        self.codec.skip_frame = "DEFAULT"
 
     def _decode_through(self, fps, max_frames):
         """The slow and sure way: everything is decoded once to count the frames and again to take some of them."""
@@ -309,9 +328,9 @@ class _Video:
         return torch.stack([found[i] for i in chosen]), len(chosen) / total * self.fps
 
     def _picture(self, frame):
-        picture = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
-        # the display matrix turns by `rotation` degrees counterclockwise, as rot90 does
-        picture = picture.rot90(round(frame.rotation / 90), (1, 2))
+        picture = torch.from_numpy(self.to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray()).permute(2, 0, 1)
+        if quarters := round(frame.rotation / 90) % 4:  # counterclockwise, as the display matrix and rot90 turn
+            picture = picture.rot90(quarters, (1, 2))
         self.target = self.target or self.size(picture)
         return _resize(picture, self.target)
 
@@ -369,6 +388,7 @@ class _Sound:
     def __init__(self, stream):
         self.codec = stream.codec_context
         self.blocks, self.length, self.rate = [], 0, None  # float32 samples at the file's own rate
+        self.waiting, self.kind = None, None  # samples of all channels, and what they are
         self.rates = set()
         self.cut = 0.0
         self.packets, self.lost = 0, 0
@@ -385,10 +405,20 @@ class _Sound:
             self.lost += 1
             return
         for frame in frames:
+            kind = frame.format.name, frame.layout.nb_channels, frame.sample_rate
+            if kind != self.kind or self.waiting.samples > BLOCK:
+                self._mix()
+                self.waiting, self.kind = av.AudioFifo(), kind
             self.rate = self.rate or frame.sample_rate
             self.rates.add(frame.sample_rate)
+            self.length += frame.samples
+            frame.pts = None  # or it would have to fit
+            self.waiting.write(frame)
+
+    def _mix(self):
+        """Turns what waits into one block: a call for each frame of 20 ms would cost more than its decoding."""
+        if frame := self.waiting and self.waiting.read():
             self.blocks.append(_channel_mean(frame))
-            self.length += len(self.blocks[-1])
 
     def waveform(self, path, sample_rate):
         """float32 (N,) at `sample_rate`, at most MAX_AUDIO_SECONDS of it; None if nothing could be decoded."""
@@ -396,6 +426,7 @@ class _Sound:
             warnings.warn(f"{path}: {self.lost} of {self.packets} sound packets can't be decoded", stacklevel=3)
         if not self.length:
             return None
+        self._mix()
         if len(self.rates) > 1:
             raise MediaError(path, f"the sound's rate changes ({', '.join(map(str, sorted(self.rates)))} Hz)")
         samples = np.concatenate(self.blocks)

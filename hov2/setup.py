@@ -13,6 +13,7 @@ from hov2.config import BaseConfig, ConfigError, config_from_argv, save_config
 from hov2.data import DataError, InputMaker
 from hov2.distributed import say
 from hov2.judge import Judge, JudgeError
+from hov2.media_cache import MediaCache
 from hov2.model import Encoder, ModelError, Policy, load_policy, load_tokenizer
 from hov2.prompts import PromptsError, load_prompts
 
@@ -49,7 +50,9 @@ def start(config, device, trained=True):
     tokenizer = load_tokenizer(config.model)
     policy = load_policy(config, device, trained)
     encoder = Encoder(policy.thinker, device, config.encoding_cache)
-    make = InputMaker(tokenizer, prompts, config.media, config.max_prompt_length, config.on_long_prompt, encoder.known)
+    cache = MediaCache(config.media_cache, config.media_cache_gib) if config.media_cache else None
+    make = InputMaker(tokenizer, prompts, config.media, config.max_prompt_length, config.on_long_prompt, encoder.known,
+                      cache)
     return Run(config, device, policy, tokenizer, make, encoder, judge)
 
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"config", "prompts", "media", "spans", "rewards", "grpo", "logps", "distributed", "optim", "report", "results",
      "formats"},
-    {"guard", "weights"},
+    {"guard", "weights", "media_cache"},
     {"model", "log"},
     {"prefix", "judge", "checkpoint", "data"},
     {"rollout", "scoring", "setup", "benchmarks"},

@@ -90,6 +90,8 @@ def test_options_reach_the_frames():
 CLIPS = {
     "b_frames.mp4": {"options": {"g": "12", "bf": "3"}},
     "open_groups.mp4": {"count": 120, "options": {"x264-params": "open-gop=1:keyint=16:bframes=3:b-adapt=0"}},
+    "pyramid.mp4": {"count": 120, "options": {"x264-params": "bframes=7:b-adapt=0:b-pyramid=normal:ref=4:keyint=60"}},
+    "weighted.mp4": {"count": 120, "options": {"x264-params": "bframes=3:open-gop=1:keyint=30:weightp=2:b-pyramid=strict"}},
     "one_keyframe.mkv": {"options": {"g": "1000"}},
     "all_keyframes.mp4": {"options": {"g": "1"}},
     "fragments.mp4": {"container_options": {"movflags": "frag_keyframe+empty_moov"}, "options": {"g": "10"}},
@@ -123,13 +125,24 @@ def test_chosen_frames_are_exact(name, tmp_path, native, monkeypatch):
     np.testing.assert_array_equal(pixels(clip.frames), np.stack([frames[i] for i in chosen]))
 
 
-def test_only_what_is_needed_is_decoded(tmp_path, monkeypatch):
-    path = write_video(tmp_path / "long.mp4", count=400, options={"g": "10", "bf": "0"})
-    fed = []
+@pytest.mark.parametrize("options, packets, frames", [
+    ({"g": "10", "bf": "0"}, 8 * 10, 8 * 10),
+    ({"g": "400", "x264-params": "bframes=3:b-adapt=0:b-pyramid=none:scenecut=0"}, 400, 8 + 400 // 4 + 1),
+])
+def test_only_what_is_needed_is_decoded(options, packets, frames, tmp_path, monkeypatch):
+    """Groups of pictures without a chosen frame aren't, nor are frames that no other leans on: 3 of 4 in the second."""
+    path = write_video(tmp_path / "long.mp4", count=400, options=options)
+    fed, came = [], []
     decode = media._decode
-    monkeypatch.setattr(media, "_decode", lambda codec, packets, _: fed.extend(packets) or decode(codec, packets, []))
+
+    def counted(codec, given, errors):
+        for frame in decode(codec, (fed.append(packet.pts) or packet for packet in given), errors):
+            came.append(frame.pts)
+            yield frame
+
+    monkeypatch.setattr(media, "_decode", counted)
     assert len(read_media(path, max_frames=8).frames) == 8
-    assert len(fed) <= 8 * 10
+    assert len(fed) <= packets and len(came) <= frames
 
 
 def test_frames_hidden_by_an_edit_list_are_not_counted(tmp_path, native, monkeypatch):
@@ -193,6 +206,23 @@ def test_video_with_sound(tmp_path):
         spectrum = np.abs(np.fft.rfft(clip.audio[8000:24000].numpy()))
         assert spectrum.argmax() == 440
         assert clip.audio[8000:24000].square().mean().sqrt() == pytest.approx(0.5 / 2**0.5, rel=0.05)
+
+
+def test_channels_that_change_on_the_way(tmp_path):
+    """Mono, then stereo with one silent channel: each is averaged as what it is."""
+    for layout, channels in (("mono", 1), ("stereo", 2)):
+        bare = {"write_xing": "0", "id3v2_version": "0"}
+        with av.open(str(tmp_path / f"{layout}.mp3"), "w", container_options=bare) as container:
+            stream = container.add_stream("libmp3lame", rate=16000, layout=layout)
+            samples = np.zeros((channels, 16000), np.float32)
+            samples[0] = tone(440, 16000, 1)
+            frame = av.AudioFrame.from_ndarray(samples, "fltp", layout)
+            frame.sample_rate = 16000
+            container.mux([*stream.encode(frame), *stream.encode(None)])
+    (tmp_path / "both.mp3").write_bytes(b"".join((tmp_path / f"{x}.mp3").read_bytes() for x in ("mono", "stereo")))
+    audio = read_media(tmp_path / "both.mp3").audio
+    assert audio[4000:12000].abs().max() == pytest.approx(0.5, abs=0.03)
+    assert audio[-12000:-4000].abs().max() == pytest.approx(0.25, abs=0.03)
 
 
 @pytest.mark.parametrize("layout, channels", [("mono", 1), ("stereo", 2), ("5.1", 6)])

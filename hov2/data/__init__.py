@@ -25,6 +25,7 @@ import torch
 from hov2.distributed import gather_objects, rank, rank_zero_first
 from hov2.formats import CONVERTERS, FormatError, convert, files_of, read_parquet
 from hov2.media import MediaError, log_mel, patchify, read_media
+from hov2.media_cache import MediaCache
 from hov2.prompts import render
 from hov2.rewards import PROBLEM_TYPES, check_reference
 
@@ -296,10 +297,11 @@ class Inputs:
 
 
 def make_inputs(sample, tokenizer, prompts, media_config, *, max_prompt_length=None, on_long_prompt="error",
-                known=None):
+                known=None, cache=None):
     """Reads the sample's media and writes its prompt: Sample -> Inputs.
 
     `known` maps a media key to the MediaShape of a clip whose encoding the model keeps: such a clip isn't read again.
+    One that `cache` (a MediaCache) has isn't decoded again.
     A prompt of more than `max_prompt_length` tokens is, by `on_long_prompt`, a DataError ("error"), a SkipSample
     ("skip"), or tried again with half the frames until it fits and skipped if it never does ("fewer_frames"). Raises
     MediaError for a file that can't be used.
@@ -309,7 +311,7 @@ def make_inputs(sample, tokenizer, prompts, media_config, *, max_prompt_length=N
         if known is not None and key in known:
             shape, pixel_values, mel = known[key], None, None
         else:
-            shape, pixel_values, mel = load_media(sample.paths, media_config)
+            shape, pixel_values, mel = load_media(sample.paths, media_config, cache)
         ids = _prompt_ids(sample, tokenizer, prompts, shape)
         if max_prompt_length is None or len(ids) <= max_prompt_length:
             return Inputs(torch.tensor(ids), shape, key, pixel_values, mel)
@@ -337,9 +339,10 @@ class InputMaker:
     max_prompt_length: int | None
     on_long_prompt: str
     known: dict  # of model.Encoder
+    cache: MediaCache | None = None
 
     def __call__(self, sample):
-        return make_inputs(sample, self.tokenizer, self.prompts, self.media_config, known=self.known,
+        return make_inputs(sample, self.tokenizer, self.prompts, self.media_config, known=self.known, cache=self.cache,
                            max_prompt_length=self.max_prompt_length, on_long_prompt=self.on_long_prompt)
 
     def __getstate__(self):
@@ -350,15 +353,17 @@ class InputMaker:
         return media_key(sample, self.media_config) in self.known
 
 
-def load_media(paths, settings):
-    """(MediaShape, patches or None, mel or None) of a sample's `paths`, read as `settings` (MediaConfig) say.
+def load_media(paths, settings, cache=None):
+    """(MediaShape, patches or None, mel or None) of a sample's `paths`, read as `settings` (MediaConfig) say,
+    or taken from `cache` (a MediaCache).
 
     Raises MediaError for a file that can't be used, or that holds something else than its place in `paths` says.
     """
     shape, pixel_values, mel = {}, None, None
     for kind, path in paths.items():
-        media = read_media(path, fps=settings.fps, max_frames=settings.max_frames, min_pixels=settings.min_pixels,
-                           max_pixels=settings.max_pixels)
+        read = cache.read if cache else read_media
+        media = read(path, fps=settings.fps, max_frames=settings.max_frames, min_pixels=settings.min_pixels,
+                     max_pixels=settings.max_pixels)
         found = "audio" if media.frames is None else "image" if media.sample_fps is None else "video"
         if kind != found and not (kind == "audio" and media.audio is not None):
             raise MediaError(path, f"expected {kind}, found {found}")
