@@ -132,7 +132,11 @@ def _step(thinker, token, position, cache, place, length):
 
 @functools.cache
 def _compiled():
-    """`_step` compiled: once for a number of rows and tokens, and once more for prompts of any lengths."""
+    """`_step` compiled: once for a number of rows and tokens, and once more for prompts of any lengths.
+
+    FSDP's hooks part the graph, so that each layer becomes a graph of its own: more than torch's limit of 8.
+    """
+    torch._dynamo.config.recompile_limit = 256
     return torch.compile(_step)
 
 
