@@ -132,7 +132,11 @@ def _step(thinker, token, position, cache, place, length):
 
 @functools.cache
 def _compiled():
-    """`_step` compiled: once for a number of rows and tokens, and once more for prompts of any lengths."""
+    """`_step` compiled: once for a number of rows and tokens, and once more for prompts of any lengths.
+
+    FSDP's hooks part the graph, so that each layer becomes a graph of its own: more than torch's limit of 8.
+    """
+    torch._dynamo.config.recompile_limit = 256
     return torch.compile(_step)
 
 
@@ -151,7 +155,8 @@ class _Cache:
             self.prompts.append([])
             self.own_keys.append(key.new_zeros(shape))
             self.own_values.append(value.new_zeros(shape))
-        self.prompts[layer].append((key[0].transpose(1, 2).contiguous(), value[0].contiguous()))  # as decoding reads them
+        kept = key[0].transpose(1, 2).contiguous(), value[0].contiguous()  # as decoding reads them
+        self.prompts[layer].append(kept)
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
 
     def attend(self, place, length):
