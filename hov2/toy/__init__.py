@@ -16,6 +16,7 @@ shortcut is the strongest habit, are left for stage 3.
     python -m hov2.toy [--seed N] [--quick] [--no-judge-rewards]
 """
 
+import copy
 import json
 import os
 import random
@@ -49,25 +50,17 @@ PROCESSES = 2
 QUICK_WORLD = {"train_clips": 128, "rl_clips": 32, "eval_clips": 32}
 QUICK_STEPS = {"stage1": 60, "stage2": 4, "stage3": 3}
 
+# The walls' colours, 3 x 5 letters, {problem type: (problem, options)}, the labels that the copies in the benchmarks'
+# layouts are given in turn (the toy has no like of them), and the thinker's config.
+DATA = json.loads(Path(__file__).with_name("toy.json").read_text(encoding="utf-8"))
+WALLS, QUESTIONS = DATA["walls"], DATA["questions"]
 FACES = ("smile", "frown")
 VOICES = ("rising", "falling")
-WALLS = {"red": (150, 60, 60), "green": (60, 140, 70), "blue": (60, 80, 160), "grey": (120, 120, 120)}
 SIGNS = ("HI", "NO")
-FONT = {"H": "101101111101101", "I": "111010010010111", "N": "111101101101101", "O": "111101101101111"}  # 3 x 5
 SENSES = ("sound", "picture")
 FRAMES, FPS, SIZE, RATE, SECONDS = 8, 8, 56, 16000, 0.4
 
 MAIN_TYPES = ("multiple choice", "judge", "emer_ov_mc")
-QUESTIONS = {  # problem type: (problem, options)
-    "multiple choice": ("What does the speaker mean?", ["A. thanks", "B. mockery", "C. teasing", "D. anger"]),
-    "judge": ("Does the voice fit the face?", None),
-    "emer_ov_mc": ("Which words fit the speaker?", ["A. warm", "B. cold", "C. eager", "D. tired"]),
-    "numerical": ("How many of face and voice are glad?", None),
-    "regression": ("How glad is the speaker, from 1 to 10?", None),
-    "OCR": ("What does the sign say?", None),
-    "free-form": ("What does the speaker do?", None),
-    "emer_ov": ("How does the speaker feel?", None),
-}
 OTHER_TYPES = tuple(kind for kind in QUESTIONS if kind not in MAIN_TYPES)
 INTENTS = {("smile", "rising"): "A", ("smile", "falling"): "B", ("frown", "rising"): "C", ("frown", "falling"): "D"}
 FEELINGS = {"smile": "warm", "frown": "cold", "rising": "eager", "falling": "tired"}
@@ -100,8 +93,8 @@ def draw_clip(face, wall, sign, rng):
 
 
 def _bitmap(sign):
-    """(10, 14) bool: two letters of FONT at twice their size."""
-    letters = [np.array(list(FONT[letter])).reshape(5, 3) == "1" for letter in sign]
+    """(10, 14) bool: two letters of the font at twice their size."""
+    letters = [np.array(list(DATA["font"][letter])).reshape(5, 3) == "1" for letter in sign]
     gap = np.zeros((5, 1), bool)
     return np.concatenate([letters[0], gap, letters[1]], 1).repeat(2, 0).repeat(2, 1)
 
@@ -264,51 +257,31 @@ def build_world(folder=WORLD, seed=0, *, train_clips=384, rl_clips=96, eval_clip
     (folder / "world.json").write_text(json.dumps({"seed": seed}))
 
 
-TURNS = {  # what the benchmarks group by and the toy has no like of: the labels that it gives out in turn
-    "intentbench": {"Type": ("Why", "How", "What", "When", "Who/Which", "Other", None)},
-    "daily-omni": {
-        "Type": ("Event Sequence", "AV Event Alignment", "Context understanding", "Reasoning", "Inference",
-                 "Comparative"),
-        "video_duration": ("30s", "60s"), "video_category": ("Howto & Style", "Comedy", "Education"),
-    },
-    "worldsense": {
-        "duration": ("<1min",), "audio_class": (["Speech"], ["Event", "Speech"], ["Music"]),
-        "domain": ("Tech & Science", "Culture & Politics", "Daily Life", "Film & TV", "Performance", "Games", "Sports",
-                   "Music"),
-    },
-    "worldsense task": {
-        "task_domain": ("Recognition", "Understanding", "Reasoning"),
-        "task_type": ("Audio Recognition", "Human Emotions", "Causal Reasoning"),
-    },
-}
-
-
 def write_benchmarks(folder):
     """Writes the main questions of `folder`/eval.json once more in the layouts of IntentBench, Daily-Omni, WorldSense.
 
     The folders intentbench/, daily-omni/ and worldsense/ link to the world's clips. The latter two take the multiple
-    choice questions about mp4 clips; WorldSense asks some of them again with three options. Labels are those of TURNS.
+    choice questions about mp4 clips; WorldSense asks some of them again with three options. Labels are those of toy.json.
     """
     folder = Path(folder)
-    records = json.loads((folder / "eval.json").read_text())
-    records = [r | {"name": Path(r["path"]).name, "answer": block_text(r["solution"], "answer")} for r in records
-               if r["problem_type"] in MAIN_TYPES]
-    chosen = [r for r in records if r["problem_type"] == "multiple choice" and r["name"].endswith(".mp4")]
+    records = [r | {"name": Path(r["path"]).name, "answer": block_text(r["solution"], "answer")}
+               for r in json.loads((folder / "eval.json").read_text()) if r["problem_type"] in MAIN_TYPES]
+    chosen = {Path(r["name"]).stem: r for r in records
+              if r["problem_type"] == "multiple choice" and r["name"].endswith(".mp4")}
     _write_benchmark(folder / "intentbench", "qa.json", [_for_intentbench(i, r) for i, r in enumerate(records)],
-                     {f"videos/{r['name']}": r["name"] for r in records})
-    ids = [Path(r["name"]).stem for r in chosen]
+                     {r["name"]: f"videos/{r['name']}" for r in records})
     _write_benchmark(folder / "daily-omni", "qa.json", [
         {"Question": r["problem"], "Choice": r["options"], "Answer": r["answer"], "video_id": name,
-         **_labels("daily-omni", i)} for i, (name, r) in enumerate(zip(ids, chosen))],
-        {f"Videos/{name}/{name}_video.mp4": f"{name}.mp4" for name in ids})
+         **_labels("daily-omni", i)} for i, (name, r) in enumerate(chosen.items())],
+        {f"{name}.mp4": f"Videos/{name}/{name}_video.mp4" for name in chosen})
     _write_benchmark(folder / "worldsense", "worldsense_qa.json", {
         name: {"video_id": name, **_labels("worldsense", i), **_worldsense_tasks(i, r)}
-        for i, (name, r) in enumerate(zip(ids, chosen))}, {f"videos/{name}.mp4": f"{name}.mp4" for name in ids})
+        for i, (name, r) in enumerate(chosen.items())}, {f"{name}.mp4": f"videos/{name}.mp4" for name in chosen})
 
 
 def _labels(benchmark, number):
     """Each label goes to four questions at a time, about the four intents."""
-    return {key: values[number // 4 % len(values)] for key, values in TURNS[benchmark].items()}
+    return {key: values[number // 4 % len(values)] for key, values in DATA["benchmark labels"][benchmark].items()}
 
 
 def _for_intentbench(number, r):
@@ -324,9 +297,9 @@ def _worldsense_tasks(number, r):
     return {"task0": task} | ({} if r["answer"] == "D" else {"task1": task | {"candidates": r["options"][:3]}})
 
 
-def _write_benchmark(root, file, content, links):
-    """The questions file in `root`, and in it relative links {place: clip of the world}."""
-    for place, clip in links.items():
+def _write_benchmark(root, file, content, places):
+    """The questions file in `root`, and in it relative links to the world's clips: {clip: the link's place}."""
+    for clip, place in places.items():
         link = root / place
         link.parent.mkdir(parents=True, exist_ok=True)
         link.unlink(missing_ok=True)
@@ -362,16 +335,9 @@ def make_thinker(tokenizer, seed):
     """
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in _MEDIA_TOKENS.items()}
     torch.manual_seed(seed)
-    text = {"vocab_size": len(tokenizer), "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
-            "initializer_range": 0.05, "tie_word_embeddings": False,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}}
-    vision = {"hidden_size": 64, "depth": 2, "num_heads": 2, "intermediate_size": 128, "out_hidden_size": 128,
-              "patch_size": 14, "fullatt_block_indexes": [1], "window_size": 112, "initializer_range": 0.15}
-    audio = {"d_model": 64, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 128,
-             "output_dim": 128, "num_mel_bins": 128, "n_window": 100, "initializer_range": 0.15}
+    sizes = DATA["model"] | {"text_config": DATA["model"]["text_config"] | {"vocab_size": len(tokenizer)}}
     config = Qwen2_5OmniThinkerConfig(
-        text_config=text, vision_config=vision, audio_config=audio, tie_word_embeddings=False, initializer_range=0.05,
+        **copy.deepcopy(sizes),  # transformers may change what it is given
         vision_start_token_id=ids["vision_bos_token"], vision_end_token_id=ids["vision_eos_token"],
         image_token_index=ids["image_token"], video_token_index=ids["video_token"],
         audio_token_index=ids["audio_token"],
