@@ -12,9 +12,9 @@ import re
 import string
 from pathlib import Path
 
-from hov2.data import CHOICE_TYPES, SPECIAL_TOKEN, DataError, Sample, text_field
+from hov2.data import CHOICE_TYPES, DataError, Sample, read_texts, text_field
 from hov2.results import mean
-from hov2.rewards import PROBLEM_TYPES, check_reference
+from hov2.rewards import check_reference
 
 # By benchmark. "columns" are [breakdown, label, number of questions] by column of the paper's table; "rows" have their
 # accuracies in %, Avg last, printed with "digits"; "breakdowns" are [field of a record, labels that come first beside
@@ -59,8 +59,7 @@ def _read_intentbench(items, path):
         taken.add(name)
         fields = ("problem", "options", "solution" if item.get("solution") else "answer")
         extra = _without(item, *fields[:2], "solution", "problem_type", "data_type", "video", "path")
-        yield _sample(item, where, path, name, fields, _find(path.parent, video, f"videos/{video}"), extra,
-                      text_field(item, "problem_type", where))
+        yield _sample(item, where, path, name, fields, _find(path.parent, video, f"videos/{video}"), extra, None)
 
 
 def _read_daily_omni(items, path):
@@ -106,12 +105,7 @@ def _without(item, *fields):
 def _sample(item, where, path, name, fields, video, extra, problem_type="multiple choice"):
     """A Sample; `fields` are the item's names for the question, its options and its answer. DataError if it has none.
     """
-    options = item.get(fields[1])
-    problem, answer = (text_field(item, field, where) for field in fields[::2])
-    if problem_type not in PROBLEM_TYPES:
-        raise DataError(f"{where}: problem_type: unknown {problem_type!r}; known: {', '.join(PROBLEM_TYPES)}")
-    if not isinstance(options or [], list) or not all(isinstance(o, str) and o.strip() for o in options or ()):
-        raise DataError(f"{where}: {fields[1]}: expected a list of texts, got {options!r}")
+    problem, options, answer, problem_type = read_texts(item, where, fields, problem_type)
     solution = answer if "<answer>" in answer else f"<answer>{answer}</answer>"
     try:
         right = check_reference(solution, problem_type)
@@ -121,9 +115,6 @@ def _sample(item, where, path, name, fields, video, extra, problem_type="multipl
         options = [_labelled(option, letter) for option, letter in zip(options or (), string.ascii_uppercase)]
         if not right <= set(string.ascii_uppercase[:len(options)]):
             raise DataError(f"{where}: {fields[2]}: {answer!r} is none of the {len(options)} in {fields[1]!r}")
-    for field, text in ((fields[0], problem), (fields[1], "\n".join(options or ())), (fields[2], answer)):
-        if special := SPECIAL_TOKEN.search(text):
-            raise DataError(f"{where}: {field}: {special[0]} has the form of a special token, no part of a text")
     return Sample(id=name, problem=problem, problem_type=problem_type, options=tuple(options) if options else None,
                   solution=solution, data_type="video", paths={"video": video}, source=str(path), extra=extra)
 
