@@ -3,7 +3,6 @@
 import json
 import random
 import subprocess
-import types
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -42,7 +41,7 @@ def test_a_step_that_there_is_not(tmp_path):
 def test_a_step_reads_and_writes_the_run_s_own_places_and_is_kept(tmp_path, monkeypatch):
     commands, codes = [], [0]
     monkeypatch.setattr(subprocess, "run", lambda command, **_: commands.append(command) or
-                        types.SimpleNamespace(returncode=codes[0]))
+                        subprocess.CompletedProcess(command, codes[0]).check_returncode())
     places = ablation.step_folders(VARIANTS, tmp_path / "seed0")["other"]
 
     def run(variant):

@@ -50,10 +50,13 @@ PROCESSES = 2
 QUICK_WORLD = {"train_clips": 128, "rl_clips": 32, "eval_clips": 32}
 QUICK_STEPS = {"stage1": 60, "stage2": 4, "stage3": 3}
 
-# The walls' colours, 3 x 5 letters, {problem type: (problem, options)}, the labels that the copies in the benchmarks'
-# layouts are given in turn (the toy has no like of them), and the thinker's config.
+# "walls": their colours; "font": letters of 3 x 5; "questions": {problem type: (problem, options)}; "reasons": of the
+# whole and of the shortcut, worded apart so that one habit can change without the other; "codecs": {ending: video codec
+# and its options, audio codec}; "benchmark labels": what the copies in the benchmarks' layouts are given in turn, as the
+# toy has no like of it; "model": the thinker's config, whose towers tell faces and tones apart the better for large
+# weights (0.15), and "token ids", the tokens that it names.
 DATA = json.loads(Path(__file__).with_name("toy.json").read_text(encoding="utf-8"))
-WALLS, QUESTIONS = DATA["walls"], DATA["questions"]
+WALLS, QUESTIONS, CODECS = DATA["walls"], DATA["questions"], DATA["codecs"]
 FACES = ("smile", "frown")
 VOICES = ("rising", "falling")
 SIGNS = ("HI", "NO")
@@ -111,12 +114,6 @@ def speak(voice, rng):
     return (wave + rng.normal(0, 0.003, len(t))).astype(np.float32)
 
 
-CODECS = {  # ending: video codec and its options, audio codec
-    "mp4": ("libx264", {"crf": "12"}, "aac"),
-    "webm": ("libvpx", {"crf": "8", "b": "2M", "deadline": "realtime"}, "libopus"),
-}
-
-
 def write_clip(path, frames, wave):
     """Encodes frames and sound to `path`; the ending, mp4 or webm, decides how."""
     video_codec, options, audio_codec = CODECS[path.suffix[1:]]
@@ -169,14 +166,9 @@ def solution(kind, clip, plain_wall=False, shortcut=False):
     answer = true_answer(kind, clip, voice=VOICES[FACES.index(face)] if shortcut else None)
     options = dict(option.split(". ") for option in QUESTIONS[kind][1] or ())
     claim = " and ".join(options[letter] for letter in answer.split(",")) if options else answer
-    reasons = {  # the whole, the shortcut; worded apart so that one habit can change without the other
-        "multiple choice": (f"The {face} with a {voice} voice", f"The {face}"),
-        "judge": (f"A {voice} voice beside a {face}", f"It looks like a {face}"),
-        "emer_ov_mc": (f"The {voice} voice and the {face} count", f"Only the {face} counts"),
-        "OCR": ("The sign", None),
-    }.get(kind, (f"Face and voice, {face} and {voice}", None))
+    reason = DATA["reasons"].get(kind, DATA["reasons"]["other"])[shortcut].format(**clip)
     context = f"A {face}, a {voice} voice, a {'plain' if plain_wall else clip['wall']} wall."
-    return f"<context>{context}</context><think>{reasons[shortcut]}: {claim}.</think><answer>{answer}</answer>"
+    return f"<context>{context}</context><think>{reason}: {claim}.</think><answer>{answer}</answer>"
 
 
 def record(kind, clip, **flaws):
@@ -307,11 +299,6 @@ def _write_benchmark(root, file, content, places):
     (root / file).write_text(json.dumps(content, indent=0))
 
 
-_MEDIA_TOKENS = {"image_token": "<|IMAGE|>", "audio_token": "<|AUDIO|>", "video_token": "<|VIDEO|>",
-                 "vision_bos_token": "<|vision_bos|>", "vision_eos_token": "<|vision_eos|>",
-                 "audio_bos_token": "<|audio_bos|>", "audio_eos_token": "<|audio_eos|>"}
-
-
 def make_tokenizer(texts, size=512):
     """A byte-level BPE tokenizer of Qwen's kind, with `size` tokens and merges learned from `texts`.
 
@@ -322,7 +309,7 @@ def make_tokenizer(texts, size=512):
     learned = Qwen2Tokenizer(vocab={"<|endoftext|>": 0}, merges=[], **names).train_new_from_iterator(plain, size)
     bpe = json.loads(learned.backend_tokenizer.to_str())["model"]
     tokenizer = Qwen2Tokenizer(vocab=bpe["vocab"], merges=[tuple(pair) for pair in bpe["merges"]],
-                               extra_special_tokens=_MEDIA_TOKENS, **names)
+                               extra_special_tokens=DATA["media tokens"], **names)
     tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
     return tokenizer
 
@@ -330,20 +317,14 @@ def make_tokenizer(texts, size=512):
 def make_thinker(tokenizer, seed):
     """An untrained Qwen2.5-Omni-Thinker of about a million weights for this tokenizer.
 
-    Its frozen towers are random too: what they put out still tells faces and tones apart, the more so with weights
-    larger than usual (0.15).
+    Its frozen towers are random too: what they put out still tells faces and tones apart.
     """
-    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in _MEDIA_TOKENS.items()}
+    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in DATA["token ids"].items()}
     torch.manual_seed(seed)
-    sizes = DATA["model"] | {"text_config": DATA["model"]["text_config"] | {"vocab_size": len(tokenizer)}}
-    config = Qwen2_5OmniThinkerConfig(
-        **copy.deepcopy(sizes),  # transformers may change what it is given
-        vision_start_token_id=ids["vision_bos_token"], vision_end_token_id=ids["vision_eos_token"],
-        image_token_index=ids["image_token"], video_token_index=ids["video_token"],
-        audio_token_index=ids["audio_token"],
-        audio_start_token_id=ids["audio_bos_token"], audio_end_token_id=ids["audio_eos_token"],
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
-    return Qwen2_5OmniThinkerForConditionalGeneration(config)
+    config = copy.deepcopy(DATA["model"])
+    config["text_config"]["vocab_size"] = len(tokenizer)
+    return Qwen2_5OmniThinkerForConditionalGeneration(Qwen2_5OmniThinkerConfig(**config, **ids))
+
 
 
 # ---------------------------------------------------------------------------------------------- the judge
@@ -465,14 +446,16 @@ def _answers(url):
         return probe.connect_ex((parts.hostname, parts.port)) == 0
 
 
-def run_script(script, config, *overrides):
-    """Runs a script with configs/toy/{config}.json under torchrun, PROCESSES processes of one thread; shows its output.
+def run_script(script, config, *overrides, processes=PROCESSES, output=None):
+    """Runs a script with configs/toy/{config}.json, or the file `config`, on so many processes of one thread.
 
-    Raises CalledProcessError if it fails.
+    Several run under torchrun. What is printed goes to the file `output`, if there is one. CalledProcessError if it
+    fails.
     """
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES)]
-    command = [*torchrun, script, str(CONFIGS / f"{config}.json"), *overrides]
-    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    path = config if isinstance(config, Path) else CONFIGS / f"{config}.json"
+    command = [sys.executable, *(torchrun if processes > 1 else []), script, str(path), *overrides]
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=output, stderr=output)
 
 
 def read_predictions(path):

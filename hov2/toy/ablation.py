@@ -10,11 +10,9 @@ In runs/toy_<FILE's name>: <that name>.json, .md (a table) and .svg (a figure), 
 """
 
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from html import escape
@@ -45,10 +43,11 @@ def ablate(file, seeds, quick=False):
                 for step in list(places)[number:number + 1]:
                     jobs[places[step]] = (step, places, variants[variant], seed, quick, judge.url)
             list(pool.map(lambda job: run_step(*job), jobs.values()))
-    results = {variant: [measures_of(runs[seed, variant]["eval"]) for seed in seeds] for variant in variants}
+    results = {variant: columns_of([measures_of(runs[seed, variant]["eval"]) for seed in seeds])
+               for variant in variants}
     summary = {"seeds": seeds, "quick": quick, "seconds": round(time.monotonic() - started, 1), "variants": variants,
                "results": results}
-    rows = {variants[variant].get("what", variant): columns_of(measures) for variant, measures in results.items()}
+    rows = {variants[variant].get("what", variant): columns for variant, columns in results.items()}
     texts = {"json": json.dumps(summary, indent=2), "md": as_table(rows, seeds), "svg": as_figure(rows)}
     for ending, text in texts.items():
         (root / f"{name}.{ending}").write_text(text + "\n")
@@ -106,12 +105,12 @@ def run_step(step, places, variant, seed, quick, judge_url):
     for name, place in (places | {"world": folder.parents[1] / "world"}).items():
         texts = [text.replace(f'"{toy.ROOT / name}', f'"{place}') for text in texts]
     own.write_text(texts[0])
-    started, command = time.monotonic(), [sys.executable, toy.SCRIPTS.get(step, "evaluate.py"), str(own), *texts[1:]]
-    with log.open("w") as output:
-        ended = subprocess.run(command, stdout=output, stderr=output, check=False,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"})
-    if ended.returncode:
-        raise SystemExit(f"{folder}: exit code {ended.returncode}; {log} says why")
+    started = time.monotonic()
+    try:
+        with log.open("w") as output:
+            toy.run_script(toy.SCRIPTS.get(step, "evaluate.py"), own, *texts[1:], processes=1, output=output)
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(f"{folder}: exit code {error.returncode}; {log} says why") from None
     done.write_text(key)
     print(f"{folder}: {time.monotonic() - started:.0f} s", flush=True)
 
