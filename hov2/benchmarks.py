@@ -12,7 +12,8 @@ import re
 import string
 from pathlib import Path
 
-from hov2.data import CHOICE_TYPES, DataError, Sample, read_texts, text_field
+from hov2.data import DataError, Sample, read_texts, text_field
+from hov2.prompts import CHOICE_TYPES
 from hov2.results import mean
 from hov2.rewards import check_reference
 

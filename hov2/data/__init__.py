@@ -25,13 +25,11 @@ import torch
 from hov2.distributed import gather_objects, rank, rank_zero_first
 from hov2.formats import CONVERTERS, DataError, convert, files_of, read_parquet
 from hov2.media import MediaError, log_mel, patchify, read_media
-from hov2.prompts import render
+from hov2.prompts import CHOICE_TYPES, SPECIAL_TOKEN, render
 from hov2.rewards import PROBLEM_TYPES, check_reference
 
-CHOICE_TYPES = ("multiple choice", "emer_ov_mc")  # these need options
 DATA_TYPES = ("image", "video", "audio", "image_audio", "text")
 RECORD_FIELDS = ("problem", "problem_type", "solution", "options", "data_type", "path", "id")
-SPECIAL_TOKEN = re.compile(r"<\|\w+\|>")  # how every special token of Qwen2.5-Omni looks
 END_OF_TURN = "<|im_end|>"
 THREADS = 4  # that read a step's clips where no processes do
 POSITIONS_PER_SECOND, SECONDS_PER_CHUNK = 25, 2.0  # of the time-aligned layout; Qwen2.5-Omni's config
@@ -119,7 +117,7 @@ def read_source(source):
                 records = list(read_parquet(file, root))
         else:
             records = _records(file)
-        found += [_read(source.format, record, number, file, root) for number, record in records]
+        found += [_tried(_read, record, source.format, number, file, root) for number, record in records]
     return found
 
 
@@ -172,19 +170,12 @@ def _parsed(text, where):
         return DataError(f"{where}: not valid JSON: {error}")
 
 
-def _read(name, record, number, path, root):
-    """A record of format `name` as a Sample, or the DataError that says why not."""
-    try:
-        if isinstance(record, DataError):
-            raise record
-        return _read_hov2(convert(name, record, root, f"{path}: record {number}"), number, path, root)
-    except DataError as error:
-        return error
-
-
-def _read_hov2(record, number, path, root):
-    """One record of the project's own format (method.md, "Samples") -> Sample, or DataError."""
+def _read(record, name, number, path, root):
+    """One record of the format `name` -> Sample (method.md, "Samples"). Raises DataError, also one that `record` is."""
+    if isinstance(record, DataError):
+        raise record
     where = f"{path}: record {number}"
+    record = convert(name, record, root, where)
     if not isinstance(record, dict):
         raise DataError(f"{where}: expected an object, got {type(record).__name__}")
     problem, options, solution, problem_type = read_texts(record, where)
@@ -194,13 +185,13 @@ def _read_hov2(record, number, path, root):
         check_reference(solution, problem_type)
     except ValueError as error:
         raise DataError(f"{where}: {error}") from None
-    name = record.get("id")
-    if name is not None and not isinstance(name, (str, int)):
-        raise DataError(f"{where}: id: expected text or a whole number, got {name!r}")
+    own_id = record.get("id")
+    if own_id is not None and not isinstance(own_id, (str, int)):
+        raise DataError(f"{where}: id: expected text or a whole number, got {own_id!r}")
     data_type, paths = _paths(record, where)
     return Sample(
-        id=f"{Path(path).name}:{number}" if name is None else str(name), problem=problem, problem_type=problem_type,
-        options=options, solution=solution, data_type=data_type, source=str(path),
+        id=f"{Path(path).name}:{number}" if own_id is None else str(own_id), problem=problem,
+        problem_type=problem_type, options=options, solution=solution, data_type=data_type, source=str(path),
         paths={kind: os.path.abspath(root / file) for kind, file in paths.items()},
         extra={key: value for key, value in record.items() if key not in RECORD_FIELDS},
     )
@@ -550,9 +541,10 @@ class StepLoader:
                         f"{self.max_bad_samples} allows; the first ones:{first}")
 
 
-def _tried(make, sample):
+def _tried(function, *args):
+    """What the function returns, or the exception that says why a sample can't be had."""
     try:
-        return make(sample)
+        return function(*args)
     except (DataError, MediaError, SkipSample) as error:
         return error
 
