@@ -152,22 +152,20 @@ def _records(path):
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: can't be read: {error}") from None
     if str(path).endswith(".jsonl"):
-        return [(number, _parsed(line, f"{path}: record {number}"))
+        return [(number, _tried(_parsed, line, f"{path}: record {number}"))
                 for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     records = _parsed(text, path)
-    if isinstance(records, DataError):
-        raise records
     if not isinstance(records, list):
         raise DataError(f"{path}: expected a list of records (one object a line needs the ending .jsonl)")
     return enumerate(records, 1)
 
 
 def _parsed(text, where):
-    """What JSON says, or the DataError that it isn't any."""
+    """What the JSON `text` says; DataError if it isn't any."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        return DataError(f"{where}: not valid JSON: {error}")
+        raise DataError(f"{where}: not valid JSON: {error}") from None
 
 
 def _read(record, name, number, path, root):

@@ -46,15 +46,16 @@ WORLD = ROOT / "world"
 CONFIGS = Path("configs/toy")
 SCRIPTS = {"stage1": "train_sft.py", "stage2": "train_grpo.py", "stage3": "train_grpo.py"}
 FILTERED = {"stage2": ROOT / "filter_stage2/kept.jsonl", "stage3": ROOT / "filter_stage3/kept.jsonl"}
+EVAL_FILES = [WORLD / "eval.json", WORLD / "swapped_sound.json", WORLD / "swapped_picture.json"]
 PROCESSES = 2
 QUICK_WORLD = {"train_clips": 128, "rl_clips": 32, "eval_clips": 32}
 QUICK_STEPS = {"stage1": 60, "stage2": 4, "stage3": 3}
 
-# "walls": their colours; "font": letters of 3 x 5; "questions": {problem type: (problem, options)}; "reasons": of the
-# whole and of the shortcut, worded apart so that one habit can change without the other; "codecs": {ending: video codec
-# and its options, audio codec}; "benchmark labels": what the copies in the benchmarks' layouts are given in turn, as the
-# toy has no like of it; "model": the thinker's config, whose towers tell faces and tones apart the better for large
-# weights (0.15), and "token ids", the tokens that it names.
+# "font": letters of 3 x 5; "questions": {problem type: (problem, options)}; "reasons": of the whole and of the shortcut,
+# worded apart so that one habit can change without the other; "codecs": {ending: video codec and its options, audio
+# codec}; "benchmark labels": what the copies in the benchmarks' layouts are given in turn, as the toy has no like of
+# it; "model": the thinker's config, whose towers tell faces and tones apart the better for large weights (0.15); "token
+# ids": the tokens that it names.
 DATA = json.loads(Path(__file__).with_name("toy.json").read_text(encoding="utf-8"))
 WALLS, QUESTIONS, CODECS = DATA["walls"], DATA["questions"], DATA["codecs"]
 FACES = ("smile", "frown")
@@ -253,7 +254,7 @@ def write_benchmarks(folder):
     """Writes the main questions of `folder`/eval.json once more in the layouts of IntentBench, Daily-Omni, WorldSense.
 
     The folders intentbench/, daily-omni/ and worldsense/ link to the world's clips. The latter two take the multiple
-    choice questions about mp4 clips; WorldSense asks some of them again with three options. Labels are those of toy.json.
+    choice questions about mp4 clips; WorldSense asks some of them again with three options. Labels are in toy.json.
     """
     folder = Path(folder)
     records = [r | {"name": Path(r["path"]).name, "answer": block_text(r["solution"], "answer")}

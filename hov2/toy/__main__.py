@@ -47,12 +47,12 @@ def run_stage(stage, args, judge_url):
         toy.run_script("evaluate.py", f"filter_{stage}", *common)
     print(f"\n=== {stage}: {toy.SCRIPTS[stage]} ===", flush=True)
     toy.run_script(toy.SCRIPTS[stage], stage, *common, *overrides)
-    names = ["eval"] + ([f"swapped_{sense}" for sense in toy.SENSES] if stage == "stage3" else [])
-    data, folder = json.dumps([{"path": str(toy.WORLD / f"{name}.json")} for name in names]), toy.ROOT / stage / "eval"
+    folder, files = toy.ROOT / stage, toy.EVAL_FILES if stage == "stage3" else toy.EVAL_FILES[:1]
+    data = json.dumps([{"path": str(file)} for file in files])
     print(f"\n=== {stage}: evaluate.py ===", flush=True)
-    toy.run_script("evaluate.py", "eval", f"seed={args.seed}", f"judge.url={judge_url}", f"model={toy.ROOT / stage / 'model'}",
-               f"data={data}", f"output_dir={folder}")
-    return toy.read_predictions(folder / "predictions.jsonl")
+    toy.run_script("evaluate.py", "eval", f"seed={args.seed}", f"judge.url={judge_url}", f"model={folder / 'model'}",
+                   f"data={data}", f"output_dir={folder / 'eval'}")
+    return toy.read_predictions(folder / "eval/predictions.jsonl")
 
 
 def format_summary(summary):

@@ -22,7 +22,6 @@ from hov2 import toy
 
 ABLATION = str(toy.CONFIGS / "ablation.json")
 STEPS = ("stage1", "filter_stage2", "stage2", "filter_stage3", "stage3", "eval")
-EVAL_FILES = ("eval", *(f"swapped_{sense}" for sense in toy.SENSES))
 STYLE = """text { font: 12px sans-serif; fill: #222 } .axis { stroke: #bbb } .mark { stroke: #1f5fa8; fill: #1f5fa8 }
 @media (prefers-color-scheme: dark) {
 text { fill: #ddd } .axis { stroke: #555 } .mark { stroke: #7db4f0; fill: #7db4f0 } }"""
@@ -98,7 +97,7 @@ def run_step(step, places, variant, seed, quick, judge_url):
     folder.parent.mkdir(parents=True, exist_ok=True)
     settings = {"seed": seed} | ({"judge.url": judge_url} if '"judge"' in config else {})
     if step == "eval":
-        settings["data"] = [{"path": str(toy.WORLD / f"{name}.json")} for name in EVAL_FILES]
+        settings["data"] = [{"path": str(file)} for file in toy.EVAL_FILES]
     if quick and step in toy.QUICK_STEPS:
         settings["max_steps"] = toy.QUICK_STEPS[step]
     texts = [config, *(f"{name}={json.dumps(value)}" for name, value in (settings | variant.get(step, {})).items())]
@@ -145,13 +144,13 @@ def as_table(rows, seeds):
 
 def as_figure(rows, left=270, width=110, gap=24, line=26):
     """The same as SVG: a panel from 0 to 1 a measure; a dot a seed, a line over all of them, a tick at their mean."""
-    titles = list(next(iter(rows.values())))
-    parts = [f'<text x="0" y="{48 + line * row}">{escape(name)}</text>' for row, name in enumerate(rows)]
-    for x, title in zip(range(left, left + len(titles) * (width + gap), width + gap), titles):
-        parts += [f'<text x="{x + at}" y="{y}" text-anchor="{anchor}">{text}</text>' for at, y, anchor, text in
-                  ((0, 14, "start", title), (0, 30, "start", 0), (width, 30, "end", 1))]
-        for y, columns in zip(range(44, 44 + line * len(rows), line), rows.values()):
-            places = [x + width * value for value in columns[title]]
+    text, titles = '<text x="{}" y="{}" text-anchor="{}">{}</text>'.format, list(next(iter(rows.values())))
+    parts = [text(0, 48 + line * row, "start", escape(name)) for row, name in enumerate(rows)]
+    for column, title in enumerate(titles):
+        x = left + column * (width + gap)
+        parts += [text(x, 14, "start", title), text(x, 30, "start", 0), text(x + width, 30, "end", 1)]
+        for row, columns in enumerate(rows.values()):
+            y, places = 44 + line * row, [x + width * value for value in columns[title]]
             parts.append(f'<path class="axis" d="M{x} {y}h{width}m0 -4v8m{-width} -8v8"/>')
             parts += [f'<circle class="mark" cx="{place:.1f}" cy="{y}" r="2.5"/>' for place in places]
             if places:
