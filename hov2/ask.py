@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 
 from hov2.config import MediaConfig
-from hov2.data import CHOICE_TYPES, DATA_TYPES, DataError, Sample, make_inputs
+from hov2.data import DATA_TYPES, DataError, Sample, make_inputs
 from hov2.distributed import compute_dtype
 from hov2.media import MediaError, read_media
 from hov2.model import Encoder, load_thinker, load_tokenizer
-from hov2.prompts import Prompts, PromptsError, load_prompts
+from hov2.prompts import CHOICE_TYPES, Prompts, PromptsError, load_prompts
 from hov2.rewards import PROBLEM_TYPES, answer_text
 from hov2.rollout import generate, sampling_for
 from hov2.setup import USER_ERRORS

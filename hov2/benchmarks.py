@@ -10,11 +10,13 @@ import json
 import os
 import re
 import string
+from dataclasses import replace
 from pathlib import Path
 
-from hov2.data import CHOICE_TYPES, SPECIAL_TOKEN, DataError, Sample, text_field
+from hov2.data import DataError, Sample, read_texts, text_field
+from hov2.prompts import CHOICE_TYPES
 from hov2.results import mean
-from hov2.rewards import PROBLEM_TYPES, check_reference
+from hov2.rewards import check_reference
 
 # By benchmark. "columns" are [breakdown, label, number of questions] by column of the paper's table; "rows" have their
 # accuracies in %, Avg last, printed with "digits"; "breakdowns" are [field of a record, labels that come first beside
@@ -31,7 +33,8 @@ def read_benchmark(name, folder):
 
     `name`: "intentbench" (qa.json, videos/), "daily-omni" (qa.json, Videos/ID/ID_video.mp4) or "worldsense"
     (worldsense_qa.json, videos/ID.mp4). `extra` keeps the benchmark's own fields, except for WorldSense's long
-    video_caption. Ids are unique. Clips aren't looked into. Raises DataError for the first record that can't be used.
+    video_caption. Ids are unique: the record's number follows one that is taken. Clips aren't looked into. Raises
+    DataError for the first record that can't be used.
     """
     if name not in READERS:
         raise DataError(f"unknown benchmark {name!r}; known: {', '.join(READERS)}")
@@ -45,48 +48,42 @@ def read_benchmark(name, folder):
         raise DataError(f"{path}: can't be read: {error.strerror}; {name} is published with that file") from None
     if not isinstance(content, kind) or not content:
         raise DataError(f"{path}: expected {'a list of records' if kind is list else 'an object of videos'}, not empty")
-    return list(read(content, path))
+    samples = {}
+    for key, item in content.items() if kind is dict else enumerate(content, 1):
+        where = f"{path}: {'video' if kind is dict else 'record'} {key}"
+        for sample in read(_object(item, where), where, key, path):
+            name = f"{sample.id}#{key}" if sample.id in samples else sample.id
+            samples[name] = replace(sample, id=name)
+    return list(samples.values())
 
 
-def _read_intentbench(items, path):
-    """Ids are the qid, or the file name of the video, with the record's number where that is taken."""
-    taken = set()
-    for number, item in enumerate(items, 1):
-        where = _object(item, f"{path}: record {number}")
-        video = text_field(item, "path" if item.get("path") and not item.get("video") else "video", where)
-        name = video if item.get("qid") in (None, "") else str(item["qid"])
-        name = f"{name}#{number}" if name in taken else name
-        taken.add(name)
-        fields = ("problem", "options", "solution" if item.get("solution") else "answer")
-        extra = _without(item, *fields[:2], "solution", "problem_type", "data_type", "video", "path")
-        yield _sample(item, where, path, name, fields, _find(path.parent, video, f"videos/{video}"), extra,
-                      text_field(item, "problem_type", where))
+def _read_intentbench(item, where, _, path):
+    """The id is the qid, or the file name of the video."""
+    video = text_field(item, "path" if item.get("path") and not item.get("video") else "video", where)
+    name = video if item.get("qid") in (None, "") else str(item["qid"])
+    fields = ("problem", "options", "solution" if item.get("solution") else "answer")
+    extra = _without(item, *fields[:2], "solution", "problem_type", "data_type", "video", "path")
+    yield _sample(item, where, path, name, fields, _find(path.parent, video, f"videos/{video}"), extra, None)
 
 
-def _read_daily_omni(items, path):
-    fields = ("Question", "Choice", "Answer")
-    for number, item in enumerate(items, 1):
-        where = _object(item, f"{path}: record {number}")
-        video = text_field(item, "video_id", where)
-        file = _find(path.parent, *(f"{folder}{video}/{video}_video.mp4" for folder in ("videos/", "", "Videos/")))
-        yield _sample(item, where, path, f"{video}::{number}", fields, file, _without(item, *fields))
+def _read_daily_omni(item, where, number, path):
+    fields, video = ("Question", "Choice", "Answer"), text_field(item, "video_id", where)
+    file = _find(path.parent, *(f"{folder}{video}/{video}_video.mp4" for folder in ("videos/", "", "Videos/")))
+    yield _sample(item, where, path, f"{video}::{number}", fields, file, _without(item, *fields))
 
 
-def _read_worldsense(videos, path):
+def _read_worldsense(item, where, video, path):
     fields = ("question", "candidates", "answer")
-    for video, item in videos.items():
-        where = _object(item, f"{path}: video {video}")
-        tasks = sorted((key for key in item if re.fullmatch(r"task\d+", key)), key=lambda key: int(key[4:]))
-        if not tasks:
-            raise DataError(f"{where}: missing field 'task0'")
-        file, about = _find(path.parent, f"{video}.mp4", f"videos/{video}.mp4"), _without(item, *tasks, "video_caption")
-        for task in tasks:
-            where = _object(item[task], f"{path}: video {video}: {task}")
-            extra = about | _without(item[task], *fields)
-            yield _sample(item[task], where, path, f"{video}::{task}", fields, file, extra)
+    tasks = sorted((key for key in item if re.fullmatch(r"task\d+", key)), key=lambda key: int(key[4:]))
+    if not tasks:
+        raise DataError(f"{where}: missing field 'task0'")
+    file, about = _find(path.parent, f"{video}.mp4", f"videos/{video}.mp4"), _without(item, *tasks, "video_caption")
+    for task in tasks:
+        extra = about | _without(_object(item[task], f"{where}: {task}"), *fields)
+        yield _sample(item[task], f"{where}: {task}", path, f"{video}::{task}", fields, file, extra)
 
 
-READERS = {  # benchmark: file, what it holds, reader
+READERS = {  # benchmark: file, what it holds, reader of one record or video
     "intentbench": ("qa.json", list, _read_intentbench),
     "daily-omni": ("qa.json", list, _read_daily_omni),
     "worldsense": ("worldsense_qa.json", dict, _read_worldsense),
@@ -96,7 +93,7 @@ READERS = {  # benchmark: file, what it holds, reader
 def _object(value, where):
     if not isinstance(value, dict):
         raise DataError(f"{where}: expected an object, got {type(value).__name__}")
-    return where
+    return value
 
 
 def _without(item, *fields):
@@ -106,12 +103,7 @@ def _without(item, *fields):
 def _sample(item, where, path, name, fields, video, extra, problem_type="multiple choice"):
     """A Sample; `fields` are the item's names for the question, its options and its answer. DataError if it has none.
     """
-    options = item.get(fields[1])
-    problem, answer = (text_field(item, field, where) for field in fields[::2])
-    if problem_type not in PROBLEM_TYPES:
-        raise DataError(f"{where}: problem_type: unknown {problem_type!r}; known: {', '.join(PROBLEM_TYPES)}")
-    if not isinstance(options or [], list) or not all(isinstance(o, str) and o.strip() for o in options or ()):
-        raise DataError(f"{where}: {fields[1]}: expected a list of texts, got {options!r}")
+    problem, options, answer, problem_type = read_texts(item, where, fields, problem_type)
     solution = answer if "<answer>" in answer else f"<answer>{answer}</answer>"
     try:
         right = check_reference(solution, problem_type)
@@ -121,9 +113,6 @@ def _sample(item, where, path, name, fields, video, extra, problem_type="multipl
         options = [_labelled(option, letter) for option, letter in zip(options or (), string.ascii_uppercase)]
         if not right <= set(string.ascii_uppercase[:len(options)]):
             raise DataError(f"{where}: {fields[2]}: {answer!r} is none of the {len(options)} in {fields[1]!r}")
-    for field, text in ((fields[0], problem), (fields[1], "\n".join(options or ())), (fields[2], answer)):
-        if special := SPECIAL_TOKEN.search(text):
-            raise DataError(f"{where}: {field}: {special[0]} has the form of a special token, no part of a text")
     return Sample(id=name, problem=problem, problem_type=problem_type, options=tuple(options) if options else None,
                   solution=solution, data_type="video", paths={"video": video}, source=str(path), extra=extra)
 

@@ -1,6 +1,6 @@
 """Training sets as their authors publish them, turned into records of hov2's own form (README, "Data").
 
-A converter takes one published record and returns a dict with hov2's fields, or raises FormatError with the field that
+A converter takes one published record and returns a dict with hov2's fields, or raises DataError for the field that
 is at fault. It only moves things to where hov2 looks for them: the strict reader of hov2.data then checks the result as
 it checks any other record. Fields that hov2 has no use for stay as they are, for grouping.
 
@@ -17,6 +17,7 @@ import functools
 import json
 import os
 import re
+import string
 import wave
 from pathlib import Path
 
@@ -24,11 +25,11 @@ import numpy as np
 
 INTENT_TRAIN = ("emer_rewrite.json", "social_iq_v2_rewrite.json", "Video-R1_rewrite.json")
 PARQUET_MEDIA = {"image": ".jpg", "audio": ".wav"}
-UNPACKED = "unpacked.json"  # in the folder of a parquet's media: they are all there, and of which file
+UNPACKED = "unpacked.json"  # in the folder of a parquet's media: that all are there, and of which file they are
 
 
-class FormatError(ValueError):
-    """A published record or file that can't be used; the message begins with the field, or with the file."""
+class DataError(ValueError):
+    """Data that has to be mended before the run can go on; the message names the file or the sample."""
 
 
 def files_of(name, path):
@@ -36,28 +37,28 @@ def files_of(name, path):
     path = Path(path)
     if name == "humanomniv2" and path.is_dir():
         files = [path / file for file in INTENT_TRAIN]
-        for file in files:
-            if not file.is_file():
-                raise FormatError(f"{path}: the folder has no {file.name}; give each file that you have its own entry")
-        return [str(file) for file in files]
-    if name == "omniinstruct" and "*" in path.name:
+        if absent := [file.name for file in files if not file.is_file()]:
+            raise DataError(f"{path}: the folder has no {absent[0]}; give each file that you have its own entry")
+    elif name == "omniinstruct" and "*" in path.name:
         files = sorted(path.parent.glob(path.name))
         if not files:
-            raise FormatError(f"{path}: no file matches")
-        return [str(file) for file in files]
-    return [str(path)]
+            raise DataError(f"{path}: no file matches")
+    else:
+        files = [path]
+    return [str(file) for file in files]
 
 
-def convert(name, record, root):
-    """A published `record` of format `name` as one of hov2's; `root` is the folder that its media paths start from."""
-    return CONVERTERS[name](record, root) if isinstance(record, dict) else record
+def convert(name, record, root, where):
+    """A published `record` of format `name` as one of hov2's; `root` is the folder that its media paths start from,
+    `where` how an error begins."""
+    return CONVERTERS[name](record, root, where) if isinstance(record, dict) else record
 
 
-def _hov2(record, root):
+def _hov2(record, *_):
     return record
 
 
-def _humanomniv2(record, root):
+def _humanomniv2(record, root, _):
     path = record.get("path", record.get("video"))
     rest = {key: value for key, value in record.items() if key != "video"}
     return rest | {"path": _unzipped(path, root)} if isinstance(path, str) else rest
@@ -74,34 +75,33 @@ def _top_folder(root, top):
     return "videos" if not Path(root, top).exists() and Path(root, "videos", top).exists() else ""
 
 
-def _video_r1(record, root):
+def _video_r1(record, _, where):
     rest = {key: value for key, value in record.items() if key != "process"}
     process, solution = record.get("process"), record.get("solution")
     if process and isinstance(solution, str):
         if not isinstance(process, str) or not re.fullmatch(r"\s*<think>.*</think>\s*", process, re.DOTALL):
-            raise FormatError(f"process: expected <think>...</think>, got {str(process)[:60]!r}")
+            raise DataError(f"{where}: process: expected <think>...</think>, got {str(process)[:60]!r}")
         rest["solution"] = f"{process.strip()}\n{solution}"
     return rest
 
 
-def _omniinstruct(record, root):
+def _omniinstruct(record, _, where):
     for kind in PARQUET_MEDIA:
         if record[kind] is None:
-            raise FormatError(f"{kind}: the parquet file doesn't hold it")
+            raise DataError(f"{where}: {kind}: the parquet file doesn't hold it")
     answer, options = record["answer"], record.get("options")
     if not isinstance(answer, str) or not answer.strip():
-        raise FormatError(f"answer: expected text, got {answer!r}")
-    used = ("question", "options", *PARQUET_MEDIA)
-    converted = {key: value for key, value in record.items() if key not in used and key != "id"} | {
+        raise DataError(f"{where}: answer: expected text, got {answer!r}")
+    used = ("question", "options", "id", *PARQUET_MEDIA)
+    converted = {key: value for key, value in record.items() if key not in used} | {
         "problem": record["question"], "problem_type": "multiple choice" if options else "free-form",
         "data_type": "image_audio", "path": {kind: record[kind] for kind in PARQUET_MEDIA},
     }
     if options:
         if answer not in options:
-            raise FormatError(f"answer: {answer!r} is none of the options")
-        letters = [chr(ord("A") + i) for i in range(len(options))]
-        converted["options"] = [f"{letter}. {option}" for letter, option in zip(letters, options)]
-        answer = letters[options.index(answer)]
+            raise DataError(f"{where}: answer: {answer!r} is none of the options")
+        converted["options"] = [f"{letter}. {option}" for letter, option in zip(string.ascii_uppercase, options)]
+        answer = string.ascii_uppercase[options.index(answer)]
     return converted | {"solution": f"<answer>{answer}</answer>"}
 
 
@@ -118,13 +118,13 @@ def read_parquet(path, root):
     The first reading writes these to the folder `root/<the file's name without .parquet>.media`: the bytes as they are
     in the parquet, called .jpg and .wav whatever their true form (readers look at the content), samples as 16-bit WAV.
     Later ones read the text alone, until the parquet file changes. None stands for a medium that isn't there. Raises
-    FormatError for a file that can't be read, and without pyarrow.
+    DataError for a file that can't be read, and without pyarrow.
     """
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise FormatError(f"{path}: parquet needs pyarrow, which isn't installed (pip install pyarrow)") from None
+        raise DataError(f"{path}: parquet needs pyarrow, which isn't installed (pip install pyarrow)") from None
     folder = Path(root, f"{Path(path).stem}.media")
     try:
         info = os.stat(path)
@@ -132,35 +132,24 @@ def read_parquet(path, root):
             columns = file.schema_arrow.names
             for column in ("question", "answer", *PARQUET_MEDIA):
                 if column not in columns:
-                    raise FormatError(f"{path}: no column {column!r}; there are: {', '.join(columns)}")
-            version = [info.st_size, info.st_mtime_ns]
-            absent = _unpacked(folder, version)
-            if absent is None:
-                absent = _unpack(file, folder)
-                _replace(folder / UNPACKED, json.dumps({"version": version, "absent": absent}).encode())
+                    raise DataError(f"{path}: no column {column!r}; there are: {', '.join(columns)}")
+            version = json.dumps([info.st_size, info.st_mtime_ns]).encode()
+            if not (folder / UNPACKED).exists() or (folder / UNPACKED).read_bytes() != version:
+                _unpack(file, folder)
+                _replace(folder / UNPACKED, version)
+            there = set(os.listdir(folder))
             names = [column for column in columns if column not in PARQUET_MEDIA]
             rows = (row for batch in file.iter_batches(1024, columns=names) for row in batch.to_pylist())
-            absent = set(map(tuple, absent))
             for number, row in enumerate(rows, 1):
-                media = {kind: str(_media_file(folder, number, kind)) for kind in PARQUET_MEDIA}
-                yield number, row | {kind: None if (number, kind) in absent else at for kind, at in media.items()}
+                media = {kind: _media_file(folder, number, kind) for kind in PARQUET_MEDIA}
+                yield number, row | {kind: str(at) if at.name in there else None for kind, at in media.items()}
     except (OSError, pyarrow.ArrowException) as error:
-        raise FormatError(f"{path}: can't be read: {error}") from None
-
-
-def _unpacked(folder, version):
-    """What an earlier reading found absent, if it unpacked this very file; else None."""
-    try:
-        state = json.loads((folder / UNPACKED).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
-    return state["absent"] if state["version"] == version else None
+        raise DataError(f"{path}: can't be read: {error}") from None
 
 
 def _unpack(file, folder):
-    """Writes all media of an open parquet file; returns [row number, kind] of those that aren't there."""
+    """Writes all media of an open parquet file that are there."""
     folder.mkdir(parents=True, exist_ok=True)
-    absent = []
     rows = (row for batch in file.iter_batches(16, columns=list(PARQUET_MEDIA)) for row in batch.to_pylist())
     for number, row in enumerate(rows, 1):
         for kind, value in row.items():
@@ -170,8 +159,7 @@ def _unpack(file, folder):
             elif value.get("array") and value.get("sampling_rate"):
                 _replace(_media_file(folder, number, kind), (value["array"], value["sampling_rate"]))
             else:
-                absent.append([number, kind])
-    return absent
+                _media_file(folder, number, kind).unlink(missing_ok=True)  # of another file of that name
 
 
 def _media_file(folder, number, kind):

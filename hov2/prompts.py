@@ -23,14 +23,14 @@ def _joined(words):
 
 
 DEFAULTS = _joined(json.loads(Path(__file__).with_name("prompts.json").read_text(encoding="utf-8")))
-_CHOICES = ("multiple choice", "emer_ov_mc")
+CHOICE_TYPES = ("multiple choice", "emer_ov_mc")  # these need options
 _ITEMS = {
     "video": "<|vision_bos|><|VIDEO|><|vision_eos|>",
     "image": "<|vision_bos|><|IMAGE|><|vision_eos|>",
     "audio": "<|audio_bos|><|AUDIO|><|audio_eos|>",
 }
 _VIDEO_WITH_AUDIO = "<|vision_bos|><|audio_bos|><|VIDEO|><|audio_eos|><|vision_eos|>"
-_SPECIAL = re.compile(r"<\|\w+\|>")  # the form of Qwen's special tokens
+SPECIAL_TOKEN = re.compile(r"<\|\w+\|>")  # the form of Qwen's special tokens
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 
@@ -52,7 +52,7 @@ class Prompts:
         instruction of `sample.problem_type`. Empty texts leave no line.
         """
         lines = [self._media_line(sample.media_kinds), sample.problem]
-        if sample.options and sample.problem_type in _CHOICES:
+        if sample.options and sample.problem_type in CHOICE_TYPES:
             lines.append(fill(self.words["options"], options="\n".join(sample.options)))
         lines.append(self.words["instructions"][sample.problem_type])
         text = "\n".join(line for line in lines if line)
@@ -129,7 +129,7 @@ def _body(content, interleave_audio):
     parts = []
     for item in content:
         if item["type"] == "text":
-            if control := _SPECIAL.search(item["text"]):
+            if control := SPECIAL_TOKEN.search(item["text"]):
                 raise ValueError(f"the text {item['text'][:60]!r} holds the control token {control[0]}")
             parts.append(item["text"])
         elif interleave_audio and item["type"] == "audio" and parts and parts[-1] == _ITEMS["video"]:
@@ -156,6 +156,6 @@ def _replace(words, replacements, where):
         missing = set(_PLACEHOLDER.findall(words[key])) - set(_PLACEHOLDER.findall(value))
         if missing:
             raise PromptsError(f"{where}: {key}: the placeholder {{{min(missing)}}} is missing")
-        if special := _SPECIAL.search(value):
+        if special := SPECIAL_TOKEN.search(value):
             raise PromptsError(f"{where}: {key}: {special[0]} has the form of a special token")
         words[key] = value

@@ -112,7 +112,7 @@ def test_options_get_letters_where_they_have_none(tmp_path):
     ("intentbench", [{**INTENT, "problem_type": "essay"}], "record 1: problem_type: unknown 'essay'"),
     ("intentbench", [{**INTENT, "solution": "<answer></answer>"}], "record 1: solution: "),
     ("intentbench", [{**INTENT, "solution": "", "answer": None}], "record 1: answer: expected text, got None"),
-    ("intentbench", [{**INTENT, "options": "A. x"}], "record 1: options: expected a list of texts, got 'A. x'"),
+    ("intentbench", [{**INTENT, "options": "A. x"}], "record 1: options: expected a list of texts or null, got 'A. x'"),
     ("intentbench", [{**INTENT, "options": None}], "record 1: solution: '<answer>B</answer>' is none of the 0 in"),
     ("intentbench", [{**INTENT, "problem": "<|VIDEO|>?"}], "record 1: problem: <|VIDEO|> has the form of a special"),
     ("daily-omni", [DAILY, {**DAILY, "video_id": None}], "record 2: video_id: expected text, got None"),

@@ -18,7 +18,7 @@ FLOORS = [
     {"evaluation"},
     {"toy"},
     {"train_sft", "train_grpo", "evaluate", "ask", "check", "plan"},
-    {"data.__main__"},
+    {"data.__main__", "toy.ablation", "toy.__main__"},
 ]
 DOORS = FLOORS[-2]  # what a user runs
 FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}

@@ -23,24 +23,17 @@ import numpy as np
 import torch
 
 from hov2.distributed import gather_objects, rank, rank_zero_first
-from hov2.formats import CONVERTERS, FormatError, convert, files_of, read_parquet
+from hov2.formats import CONVERTERS, DataError, convert, files_of, read_parquet
 from hov2.media import MediaError, log_mel, patchify, read_media
 from hov2.media_cache import MediaCache
-from hov2.prompts import render
+from hov2.prompts import CHOICE_TYPES, SPECIAL_TOKEN, render
 from hov2.rewards import PROBLEM_TYPES, check_reference
 
-CHOICE_TYPES = ("multiple choice", "emer_ov_mc")  # these need options
 DATA_TYPES = ("image", "video", "audio", "image_audio", "text")
-RECORD_TEXTS = ("problem", "problem_type", "solution")
-RECORD_FIELDS = (*RECORD_TEXTS, "options", "data_type", "path", "id")
-SPECIAL_TOKEN = re.compile(r"<\|\w+\|>")  # how every special token of Qwen2.5-Omni looks
+RECORD_FIELDS = ("problem", "problem_type", "solution", "options", "data_type", "path", "id")
 END_OF_TURN = "<|im_end|>"
 THREADS = 4  # that read a step's clips where no processes do
 POSITIONS_PER_SECOND, SECONDS_PER_CHUNK = 25, 2.0  # of the time-aligned layout; Qwen2.5-Omni's config
-
-
-class DataError(ValueError):
-    """Data that has to be mended before the run can go on; the message names the file or the sample."""
 
 
 class SkipSample(Exception):
@@ -117,19 +110,15 @@ def read_source(source):
     """
     if source.format not in CONVERTERS:
         raise DataError(f"{source.path}: unknown format {source.format!r}; known: {', '.join(CONVERTERS)}")
-    try:
-        files = files_of(source.format, source.path)
-        found = []
-        for file in files:
-            root = Path(source.media_root) if source.media_root else Path(file).parent
-            if source.format == "omniinstruct":
-                with rank_zero_first():  # the first to read it writes out its media
-                    records = list(read_parquet(file, root))
-            else:
-                records = _records(file)
-            found += [_read(source.format, record, number, file, root) for number, record in records]
-    except FormatError as error:
-        raise DataError(str(error)) from None
+    found = []
+    for file in files_of(source.format, source.path):
+        root = Path(source.media_root) if source.media_root else Path(file).parent
+        if source.format == "omniinstruct":
+            with rank_zero_first():  # the first to read it writes out its media
+                records = list(read_parquet(file, root))
+        else:
+            records = _records(file)
+        found += [_tried(_read, record, source.format, number, file, root) for number, record in records]
     return found
 
 
@@ -158,63 +147,50 @@ def _records(path):
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
-        if not str(path).endswith(".jsonl"):
-            records = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: not valid JSON: {error}") from None
     except FileNotFoundError:
         hint = " (evaluate.py configs/filter_stageN.json writes it)" if "filter" in str(path) else ""
         raise DataError(f"{path}: no such data file{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: can't be read: {error}") from None
     if str(path).endswith(".jsonl"):
-        return [(number, _line(line, number, path)) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        return [(number, _tried(_parsed, line, f"{path}: record {number}"))
+                for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    records = _parsed(text, path)
     if not isinstance(records, list):
         raise DataError(f"{path}: expected a list of records (one object a line needs the ending .jsonl)")
     return enumerate(records, 1)
 
 
-def _line(line, number, path):
+def _parsed(text, where):
+    """What the JSON `text` says; DataError if it isn't any."""
     try:
-        return json.loads(line)
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        return DataError(f"{path}: record {number}: not valid JSON: {error}")
+        raise DataError(f"{where}: not valid JSON: {error}") from None
 
 
-def _read(name, record, number, path, root):
+def _read(record, name, number, path, root):
+    """One record of the format `name` -> Sample (method.md, "Samples"). Raises DataError, also one that `record` is."""
     if isinstance(record, DataError):
-        return record
-    try:
-        return _read_hov2(convert(name, record, root), number, path, root)
-    except FormatError as error:
-        return DataError(f"{path}: record {number}: {error}")
-    except DataError as error:
-        return error
-
-
-def _read_hov2(record, number, path, root):
-    """One record of the project's own format (method.md, "Samples") -> Sample, or DataError."""
+        raise record
     where = f"{path}: record {number}"
+    record = convert(name, record, root, where)
     if not isinstance(record, dict):
         raise DataError(f"{where}: expected an object, got {type(record).__name__}")
-    problem, problem_type, solution = (text_field(record, name, where) for name in RECORD_TEXTS)
-    if problem_type not in PROBLEM_TYPES:
-        raise DataError(f"{where}: problem_type: unknown {problem_type!r}; known: {', '.join(PROBLEM_TYPES)}")
-    options = _options(record, problem_type, where)
-    for name, text in [("problem", problem), ("solution", solution), ("options", "\n".join(options or ()))]:
-        if special := SPECIAL_TOKEN.search(text):
-            raise DataError(f"{where}: {name}: {special[0]} has the form of a special token, no part of a text")
+    problem, options, solution, problem_type = read_texts(record, where)
+    if problem_type in CHOICE_TYPES and not options:
+        raise DataError(f"{where}: options: {problem_type!r} needs them")
     try:
         check_reference(solution, problem_type)
     except ValueError as error:
         raise DataError(f"{where}: {error}") from None
-    name = record.get("id")
-    if name is not None and not isinstance(name, (str, int)):
-        raise DataError(f"{where}: id: expected text or a whole number, got {name!r}")
+    own_id = record.get("id")
+    if own_id is not None and not isinstance(own_id, (str, int)):
+        raise DataError(f"{where}: id: expected text or a whole number, got {own_id!r}")
     data_type, paths = _paths(record, where)
     return Sample(
-        id=f"{Path(path).name}:{number}" if name is None else str(name), problem=problem, problem_type=problem_type,
-        options=options, solution=solution, data_type=data_type, source=str(path),
+        id=f"{Path(path).name}:{number}" if own_id is None else str(own_id), problem=problem,
+        problem_type=problem_type, options=options, solution=solution, data_type=data_type, source=str(path),
         paths={kind: os.path.abspath(root / file) for kind, file in paths.items()},
         extra={key: value for key, value in record.items() if key not in RECORD_FIELDS},
     )
@@ -229,13 +205,23 @@ def text_field(record, name, where):
     return record[name]
 
 
-def _options(record, problem_type, where):
-    options = record.get("options")
-    if options is not None and not (isinstance(options, list) and all(isinstance(o, str) and o for o in options)):
-        raise DataError(f"{where}: options: expected a list of texts or null, got {options!r}")
-    if problem_type in CHOICE_TYPES and not options:
-        raise DataError(f"{where}: options: {problem_type!r} needs them")
-    return tuple(options) if options else None
+def read_texts(record, where, names=("problem", "options", "solution"), problem_type=None):
+    """(problem, options or None, solution, problem type) of a record that calls the first three `names`.
+
+    `problem_type`: for records without such a field. Raises DataError, which begins with `where`, for a text that is
+    missing or can't be one, or for an unknown type.
+    """
+    problem, solution = (text_field(record, name, where) for name in names[::2])
+    problem_type = problem_type or text_field(record, "problem_type", where)
+    if problem_type not in PROBLEM_TYPES:
+        raise DataError(f"{where}: problem_type: unknown {problem_type!r}; known: {', '.join(PROBLEM_TYPES)}")
+    options = record.get(names[1]) or []
+    if not isinstance(options, list) or not all(isinstance(option, str) and option.strip() for option in options):
+        raise DataError(f"{where}: {names[1]}: expected a list of texts or null, got {options!r}")
+    for name, text in zip(names, (problem, "\n".join(options), solution)):
+        if special := SPECIAL_TOKEN.search(text):
+            raise DataError(f"{where}: {name}: {special[0]} has the form of a special token, no part of a text")
+    return problem, tuple(options) or None, solution, problem_type
 
 
 def _paths(record, where):
@@ -558,9 +544,10 @@ class StepLoader:
                         f"{self.max_bad_samples} allows; the first ones:{first}")
 
 
-def _tried(make, sample):
+def _tried(function, *args):
+    """What the function returns, or the exception that says why a sample can't be had."""
     try:
-        return make(sample)
+        return function(*args)
     except (DataError, MediaError, SkipSample) as error:
         return error
 

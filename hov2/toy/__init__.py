@@ -16,7 +16,7 @@ shortcut is the strongest habit, are left for stage 3.
     python -m hov2.toy [--seed N] [--quick] [--no-judge-rewards]
 """
 
-import argparse
+import copy
 import json
 import os
 import random
@@ -26,7 +26,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -47,29 +46,25 @@ WORLD = ROOT / "world"
 CONFIGS = Path("configs/toy")
 SCRIPTS = {"stage1": "train_sft.py", "stage2": "train_grpo.py", "stage3": "train_grpo.py"}
 FILTERED = {"stage2": ROOT / "filter_stage2/kept.jsonl", "stage3": ROOT / "filter_stage3/kept.jsonl"}
+EVAL_FILES = [WORLD / "eval.json", WORLD / "swapped_sound.json", WORLD / "swapped_picture.json"]
 PROCESSES = 2
 QUICK_WORLD = {"train_clips": 128, "rl_clips": 32, "eval_clips": 32}
 QUICK_STEPS = {"stage1": 60, "stage2": 4, "stage3": 3}
 
+# "font": letters of 3 x 5; "questions": {problem type: (problem, options)}; "reasons": of the whole and of the shortcut,
+# worded apart so that one habit can change without the other; "codecs": {ending: video codec and its options, audio
+# codec}; "benchmark labels": what the copies in the benchmarks' layouts are given in turn, as the toy has no like of
+# it; "model": the thinker's config, whose towers tell faces and tones apart the better for large weights (0.15); "token
+# ids": the tokens that it names.
+DATA = json.loads(Path(__file__).with_name("toy.json").read_text(encoding="utf-8"))
+WALLS, QUESTIONS, CODECS = DATA["walls"], DATA["questions"], DATA["codecs"]
 FACES = ("smile", "frown")
 VOICES = ("rising", "falling")
-WALLS = {"red": (150, 60, 60), "green": (60, 140, 70), "blue": (60, 80, 160), "grey": (120, 120, 120)}
 SIGNS = ("HI", "NO")
-FONT = {"H": "101101111101101", "I": "111010010010111", "N": "111101101101101", "O": "111101101101111"}  # 3 x 5
 SENSES = ("sound", "picture")
 FRAMES, FPS, SIZE, RATE, SECONDS = 8, 8, 56, 16000, 0.4
 
 MAIN_TYPES = ("multiple choice", "judge", "emer_ov_mc")
-QUESTIONS = {  # problem type: (problem, options)
-    "multiple choice": ("What does the speaker mean?", ["A. thanks", "B. mockery", "C. teasing", "D. anger"]),
-    "judge": ("Does the voice fit the face?", None),
-    "emer_ov_mc": ("Which words fit the speaker?", ["A. warm", "B. cold", "C. eager", "D. tired"]),
-    "numerical": ("How many of face and voice are glad?", None),
-    "regression": ("How glad is the speaker, from 1 to 10?", None),
-    "OCR": ("What does the sign say?", None),
-    "free-form": ("What does the speaker do?", None),
-    "emer_ov": ("How does the speaker feel?", None),
-}
 OTHER_TYPES = tuple(kind for kind in QUESTIONS if kind not in MAIN_TYPES)
 INTENTS = {("smile", "rising"): "A", ("smile", "falling"): "B", ("frown", "rising"): "C", ("frown", "falling"): "D"}
 FEELINGS = {"smile": "warm", "frown": "cold", "rising": "eager", "falling": "tired"}
@@ -102,8 +97,8 @@ def draw_clip(face, wall, sign, rng):
 
 
 def _bitmap(sign):
-    """(10, 14) bool: two letters of FONT at twice their size."""
-    letters = [np.array(list(FONT[letter])).reshape(5, 3) == "1" for letter in sign]
+    """(10, 14) bool: two letters of the font at twice their size."""
+    letters = [np.array(list(DATA["font"][letter])).reshape(5, 3) == "1" for letter in sign]
     gap = np.zeros((5, 1), bool)
     return np.concatenate([letters[0], gap, letters[1]], 1).repeat(2, 0).repeat(2, 1)
 
@@ -118,12 +113,6 @@ def speak(voice, rng):
     wave *= np.minimum(1, np.minimum(t, SECONDS - t) / 0.04)
     wave *= rng.uniform(0.2, 0.35) / abs(wave).max()
     return (wave + rng.normal(0, 0.003, len(t))).astype(np.float32)
-
-
-CODECS = {  # ending: video codec and its options, audio codec
-    "mp4": ("libx264", {"crf": "12"}, "aac"),
-    "webm": ("libvpx", {"crf": "8", "b": "2M", "deadline": "realtime"}, "libopus"),
-}
 
 
 def write_clip(path, frames, wave):
@@ -178,14 +167,9 @@ def solution(kind, clip, plain_wall=False, shortcut=False):
     answer = true_answer(kind, clip, voice=VOICES[FACES.index(face)] if shortcut else None)
     options = dict(option.split(". ") for option in QUESTIONS[kind][1] or ())
     claim = " and ".join(options[letter] for letter in answer.split(",")) if options else answer
-    reasons = {  # the whole, the shortcut; worded apart so that one habit can change without the other
-        "multiple choice": (f"The {face} with a {voice} voice", f"The {face}"),
-        "judge": (f"A {voice} voice beside a {face}", f"It looks like a {face}"),
-        "emer_ov_mc": (f"The {voice} voice and the {face} count", f"Only the {face} counts"),
-        "OCR": ("The sign", None),
-    }.get(kind, (f"Face and voice, {face} and {voice}", None))
+    reason = DATA["reasons"].get(kind, DATA["reasons"]["other"])[shortcut].format(**clip)
     context = f"A {face}, a {voice} voice, a {'plain' if plain_wall else clip['wall']} wall."
-    return f"<context>{context}</context><think>{reasons[shortcut]}: {claim}.</think><answer>{answer}</answer>"
+    return f"<context>{context}</context><think>{reason}: {claim}.</think><answer>{answer}</answer>"
 
 
 def record(kind, clip, **flaws):
@@ -266,51 +250,31 @@ def build_world(folder=WORLD, seed=0, *, train_clips=384, rl_clips=96, eval_clip
     (folder / "world.json").write_text(json.dumps({"seed": seed}))
 
 
-TURNS = {  # what the benchmarks group by and the toy has no like of: the labels that it gives out in turn
-    "intentbench": {"Type": ("Why", "How", "What", "When", "Who/Which", "Other", None)},
-    "daily-omni": {
-        "Type": ("Event Sequence", "AV Event Alignment", "Context understanding", "Reasoning", "Inference",
-                 "Comparative"),
-        "video_duration": ("30s", "60s"), "video_category": ("Howto & Style", "Comedy", "Education"),
-    },
-    "worldsense": {
-        "duration": ("<1min",), "audio_class": (["Speech"], ["Event", "Speech"], ["Music"]),
-        "domain": ("Tech & Science", "Culture & Politics", "Daily Life", "Film & TV", "Performance", "Games", "Sports",
-                   "Music"),
-    },
-    "worldsense task": {
-        "task_domain": ("Recognition", "Understanding", "Reasoning"),
-        "task_type": ("Audio Recognition", "Human Emotions", "Causal Reasoning"),
-    },
-}
-
-
 def write_benchmarks(folder):
     """Writes the main questions of `folder`/eval.json once more in the layouts of IntentBench, Daily-Omni, WorldSense.
 
     The folders intentbench/, daily-omni/ and worldsense/ link to the world's clips. The latter two take the multiple
-    choice questions about mp4 clips; WorldSense asks some of them again with three options. Labels are those of TURNS.
+    choice questions about mp4 clips; WorldSense asks some of them again with three options. Labels are in toy.json.
     """
     folder = Path(folder)
-    records = json.loads((folder / "eval.json").read_text())
-    records = [r | {"name": Path(r["path"]).name, "answer": block_text(r["solution"], "answer")} for r in records
-               if r["problem_type"] in MAIN_TYPES]
-    chosen = [r for r in records if r["problem_type"] == "multiple choice" and r["name"].endswith(".mp4")]
+    records = [r | {"name": Path(r["path"]).name, "answer": block_text(r["solution"], "answer")}
+               for r in json.loads((folder / "eval.json").read_text()) if r["problem_type"] in MAIN_TYPES]
+    chosen = {Path(r["name"]).stem: r for r in records
+              if r["problem_type"] == "multiple choice" and r["name"].endswith(".mp4")}
     _write_benchmark(folder / "intentbench", "qa.json", [_for_intentbench(i, r) for i, r in enumerate(records)],
-                     {f"videos/{r['name']}": r["name"] for r in records})
-    ids = [Path(r["name"]).stem for r in chosen]
+                     {r["name"]: f"videos/{r['name']}" for r in records})
     _write_benchmark(folder / "daily-omni", "qa.json", [
         {"Question": r["problem"], "Choice": r["options"], "Answer": r["answer"], "video_id": name,
-         **_labels("daily-omni", i)} for i, (name, r) in enumerate(zip(ids, chosen))],
-        {f"Videos/{name}/{name}_video.mp4": f"{name}.mp4" for name in ids})
+         **_labels("daily-omni", i)} for i, (name, r) in enumerate(chosen.items())],
+        {f"{name}.mp4": f"Videos/{name}/{name}_video.mp4" for name in chosen})
     _write_benchmark(folder / "worldsense", "worldsense_qa.json", {
         name: {"video_id": name, **_labels("worldsense", i), **_worldsense_tasks(i, r)}
-        for i, (name, r) in enumerate(zip(ids, chosen))}, {f"videos/{name}.mp4": f"{name}.mp4" for name in ids})
+        for i, (name, r) in enumerate(chosen.items())}, {f"{name}.mp4": f"videos/{name}.mp4" for name in chosen})
 
 
 def _labels(benchmark, number):
     """Each label goes to four questions at a time, about the four intents."""
-    return {key: values[number // 4 % len(values)] for key, values in TURNS[benchmark].items()}
+    return {key: values[number // 4 % len(values)] for key, values in DATA["benchmark labels"][benchmark].items()}
 
 
 def _for_intentbench(number, r):
@@ -326,19 +290,14 @@ def _worldsense_tasks(number, r):
     return {"task0": task} | ({} if r["answer"] == "D" else {"task1": task | {"candidates": r["options"][:3]}})
 
 
-def _write_benchmark(root, file, content, links):
-    """The questions file in `root`, and in it relative links {place: clip of the world}."""
-    for place, clip in links.items():
+def _write_benchmark(root, file, content, places):
+    """The questions file in `root`, and in it relative links to the world's clips: {clip: the link's place}."""
+    for clip, place in places.items():
         link = root / place
         link.parent.mkdir(parents=True, exist_ok=True)
         link.unlink(missing_ok=True)
         link.symlink_to(os.path.relpath(root.parent / "clips" / clip, link.parent))
     (root / file).write_text(json.dumps(content, indent=0))
-
-
-_MEDIA_TOKENS = {"image_token": "<|IMAGE|>", "audio_token": "<|AUDIO|>", "video_token": "<|VIDEO|>",
-                 "vision_bos_token": "<|vision_bos|>", "vision_eos_token": "<|vision_eos|>",
-                 "audio_bos_token": "<|audio_bos|>", "audio_eos_token": "<|audio_eos|>"}
 
 
 def make_tokenizer(texts, size=512):
@@ -351,7 +310,7 @@ def make_tokenizer(texts, size=512):
     learned = Qwen2Tokenizer(vocab={"<|endoftext|>": 0}, merges=[], **names).train_new_from_iterator(plain, size)
     bpe = json.loads(learned.backend_tokenizer.to_str())["model"]
     tokenizer = Qwen2Tokenizer(vocab=bpe["vocab"], merges=[tuple(pair) for pair in bpe["merges"]],
-                               extra_special_tokens=_MEDIA_TOKENS, **names)
+                               extra_special_tokens=DATA["media tokens"], **names)
     tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
     return tokenizer
 
@@ -359,27 +318,14 @@ def make_tokenizer(texts, size=512):
 def make_thinker(tokenizer, seed):
     """An untrained Qwen2.5-Omni-Thinker of about a million weights for this tokenizer.
 
-    Its frozen towers are random too: what they put out still tells faces and tones apart, the more so with weights
-    larger than usual (0.15).
+    Its frozen towers are random too: what they put out still tells faces and tones apart.
     """
-    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in _MEDIA_TOKENS.items()}
+    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in DATA["token ids"].items()}
     torch.manual_seed(seed)
-    text = {"vocab_size": len(tokenizer), "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
-            "initializer_range": 0.05, "tie_word_embeddings": False,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}}
-    vision = {"hidden_size": 64, "depth": 2, "num_heads": 2, "intermediate_size": 128, "out_hidden_size": 128,
-              "patch_size": 14, "fullatt_block_indexes": [1], "window_size": 112, "initializer_range": 0.15}
-    audio = {"d_model": 64, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 128,
-             "output_dim": 128, "num_mel_bins": 128, "n_window": 100, "initializer_range": 0.15}
-    config = Qwen2_5OmniThinkerConfig(
-        text_config=text, vision_config=vision, audio_config=audio, tie_word_embeddings=False, initializer_range=0.05,
-        vision_start_token_id=ids["vision_bos_token"], vision_end_token_id=ids["vision_eos_token"],
-        image_token_index=ids["image_token"], video_token_index=ids["video_token"],
-        audio_token_index=ids["audio_token"],
-        audio_start_token_id=ids["audio_bos_token"], audio_end_token_id=ids["audio_eos_token"],
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
-    return Qwen2_5OmniThinkerForConditionalGeneration(config)
+    config = copy.deepcopy(DATA["model"])
+    config["text_config"]["vocab_size"] = len(tokenizer)
+    return Qwen2_5OmniThinkerForConditionalGeneration(Qwen2_5OmniThinkerConfig(**config, **ids))
+
 
 
 # ---------------------------------------------------------------------------------------------- the judge
@@ -501,55 +447,16 @@ def _answers(url):
         return probe.connect_ex((parts.hostname, parts.port)) == 0
 
 
-def run_script(script, config, *overrides):
-    """Runs a script with configs/toy/{config}.json under torchrun, PROCESSES processes of one thread; shows its output.
+def run_script(script, config, *overrides, processes=PROCESSES, output=None):
+    """Runs a script with configs/toy/{config}.json, or the file `config`, on so many processes of one thread.
 
-    Raises CalledProcessError if it fails.
+    Several run under torchrun. What is printed goes to the file `output`, if there is one. CalledProcessError if it
+    fails.
     """
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES)]
-    command = [*torchrun, script, str(CONFIGS / f"{config}.json"), *overrides]
-    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-
-
-def main():
-    """Builds the world, runs the three stages with an evaluation after each, prints and writes what came out."""
-    parser = argparse.ArgumentParser(prog="python -m hov2.toy", description="The whole method on synthetic clips.")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="shorter: shows that everything runs, not that it learns")
-    parser.add_argument("--no-judge-rewards", action="store_true", help="context and logic rewards weigh 0 in stage 2")
-    args = parser.parse_args()
-    started, predictions = time.monotonic(), {}
-    shutil.rmtree(ROOT, ignore_errors=True)
-    build_world(seed=args.seed, **(QUICK_WORLD if args.quick else {}))
-    with RuleJudge() as judge:
-        for stage in SCRIPTS:
-            predictions[stage] = run_stage(stage, args, judge.url)
-    summary = {"seed": args.seed, "quick": args.quick, "judge_rewards": not args.no_judge_rewards,
-               "stages": {stage: scores_of(by_file["eval"]) for stage, by_file in predictions.items()},
-               "swap": {sense: swap_scores(predictions["stage3"], sense) for sense in SENSES},
-               "questions_left": {stage: len(path.read_text().splitlines()) for stage, path in FILTERED.items()},
-               "seconds": round(time.monotonic() - started, 1)}
-    (ROOT / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    print(format_summary(summary))
-
-
-def run_stage(stage, args, judge_url):
-    """Filters, trains and evaluates, after the last stage on the swapped clips too; returns the predictions."""
-    common = [f"seed={args.seed}"] + ([f"judge.url={judge_url}"] if stage != "stage1" else [])
-    overrides = [f"max_steps={QUICK_STEPS[stage]}"] if args.quick else []
-    if stage == "stage2" and args.no_judge_rewards:
-        overrides += ["reward_weights.context=0", "reward_weights.logic=0"]
-    if stage in FILTERED:
-        print(f"\n=== {stage}: the difficulty filter ===", flush=True)
-        run_script("evaluate.py", f"filter_{stage}", *common)
-    print(f"\n=== {stage}: {SCRIPTS[stage]} ===", flush=True)
-    run_script(SCRIPTS[stage], stage, *common, *overrides)
-    names = ["eval"] + ([f"swapped_{sense}" for sense in SENSES] if stage == "stage3" else [])
-    data, folder = json.dumps([{"path": str(WORLD / f"{name}.json")} for name in names]), ROOT / stage / "eval"
-    print(f"\n=== {stage}: evaluate.py ===", flush=True)
-    run_script("evaluate.py", "eval", f"seed={args.seed}", f"judge.url={judge_url}", f"model={ROOT / stage / 'model'}",
-               f"data={data}", f"output_dir={folder}")
-    return read_predictions(folder / "predictions.jsonl")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    path = config if isinstance(config, Path) else CONFIGS / f"{config}.json"
+    command = [sys.executable, *(torchrun if processes > 1 else []), script, str(path), *overrides]
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=output, stderr=output)
 
 
 def read_predictions(path):
@@ -581,26 +488,3 @@ def swap_scores(predictions, sense):
 def _mean(predictions, name):
     values = [p[name] for p in predictions if p[name] is not None]
     return round(sum(values) / len(values), 4) if values else None
-
-
-def format_summary(summary):
-    """The summary as text: a row a stage, then the swap test."""
-    kinds = [*MAIN_TYPES, *OTHER_TYPES]
-    lines = ["", f"greedy answers to {summary['stages']['stage3']['questions']} held-out questions of the main types",
-             f"{'':8}{'accuracy':>9}{'format':>8}{'context':>9} |" + "".join(f"{kind:>17}" for kind in MAIN_TYPES)
-             + " |" + "".join(f"{kind:>11}" for kind in OTHER_TYPES)]
-    for stage, row in summary["stages"].items():
-        cells = [f"{row['by_problem_type'][kind]:>{17 if kind in MAIN_TYPES else 11}.3f}" for kind in kinds]
-        lines.append(f"{stage:8}{row['accuracy']:>9.3f}{row['format']:>8.3f}{row['context']:>9.3f} |"
-                     + "".join(cells[:3]) + " |" + "".join(cells[3:]))
-    for sense, row in summary["swap"].items():
-        lines.append(f"with the {sense} of a clip of the other kind: format {row['format']:.3f}, "
-                     f"{row['changed_to_fit']:.3f} of {row['questions']} intent answers change to the one that fits")
-    left = [f"{count} questions for {stage}" for stage, count in summary["questions_left"].items()]
-    lines.append(f"the difficulty filter left {', '.join(left)}")
-    lines.append(f"{summary['seconds']:.0f} s; details in {ROOT}")
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    main()
