@@ -19,9 +19,6 @@ REWARDS = ("format", "accuracy", "context", "logic")
 COUNTS = ("max_steps", "samples_per_step", "prompts_per_step", "per_device_train_batch_size", "num_iterations",
           "max_completion_length", "logprob_chunk", "eval_batch_size", "eval_max_new_tokens", "max_new_tokens",
           "batch_size", "num_samples", "rank", "concurrency", "breaker_failures", "missing_window")  # at least 1
-LIMITS = ("save_steps", "keep_last", "keep_every", "loader_workers", "max_bad_steps", "max_hours", "hang_minutes",
-          "temperature", "top_k")  # at least 0
-MINIMUM = dict.fromkeys(COUNTS, 1) | dict.fromkeys(LIMITS, 0)  # of the fields with these names, in any class below
 
 
 class ConfigError(ValueError):
@@ -29,13 +26,13 @@ class ConfigError(ValueError):
 
 
 class Checked:
-    """A dataclass whose numbers are at least their MINIMUM; raises ConfigError. Null is always allowed here."""
+    """A dataclass whose fields in COUNTS are at least 1, and no other number below 0; raises ConfigError."""
 
     def __post_init__(self):
         """Refuses other numbers."""
         for name, value in vars(self).items():
-            _need(name not in MINIMUM or value is None or value >= MINIMUM[name],
-                  f"{name}: at least {MINIMUM.get(name)}, got {value}")
+            least = int(name in COUNTS)
+            _need(not isinstance(value, (int, float)) or value >= least, f"{name}: at least {least}, got {value}")
 
 
 @dataclass
@@ -165,7 +162,8 @@ class TrainConfig(BaseConfig):
     def __post_init__(self):
         """Refuses values that can't train."""
         super().__post_init__()
-        _need(self.keep_last or not self.keep_every, "keep_every: needs keep_last, without which all checkpoints are kept")
+        _need(self.keep_last or not self.keep_every,
+              "keep_every: needs keep_last, without which all checkpoints are kept")
         _need(bool(self.eval_data) == bool(self.eval_steps),
               "eval_data and eval_steps: held-out evaluation needs both, or leave both out")
 
@@ -352,7 +350,7 @@ def _check(kind, value, where):
         return value
     nested = dataclasses.is_dataclass(kind)
     plain = dict if nested else origin or kind
-    fits = isinstance(value, (int, float) if plain is float else plain) and (plain is bool or not isinstance(value, bool))
+    fits = isinstance(value, (int, float) if plain is float else plain) and isinstance(value, bool) == (plain is bool)
     _need(fits, f"{where}: expected {_IN_WORDS.get(plain, plain.__name__)}, got {value!r}")
     if nested:
         return _build(kind, value, where)
