@@ -20,9 +20,6 @@ COUNTS = ("max_steps", "samples_per_step", "prompts_per_step", "per_device_train
           "completions_per_forward", "max_completion_length", "logprob_chunk", "eval_batch_size", "eval_max_new_tokens",
           "max_new_tokens", "batch_size", "num_samples", "rank", "concurrency", "breaker_failures",
           "missing_window")  # at least 1
-LIMITS = ("save_steps", "keep_last", "keep_every", "loader_workers", "max_bad_steps", "max_hours", "hang_minutes",
-          "temperature", "top_k", "media_cache_gib")  # at least 0
-MINIMUM = dict.fromkeys(COUNTS, 1) | dict.fromkeys(LIMITS, 0)  # of the fields with these names, in any class below
 
 
 class ConfigError(ValueError):
@@ -30,13 +27,13 @@ class ConfigError(ValueError):
 
 
 class Checked:
-    """A dataclass whose numbers are at least their MINIMUM; raises ConfigError. Null is always allowed here."""
+    """A dataclass whose fields in COUNTS are at least 1, and no other number below 0; raises ConfigError."""
 
     def __post_init__(self):
         """Refuses other numbers."""
         for name, value in vars(self).items():
-            _need(name not in MINIMUM or value is None or value >= MINIMUM[name],
-                  f"{name}: at least {MINIMUM.get(name)}, got {value}")
+            least = int(name in COUNTS)
+            _need(not isinstance(value, (int, float)) or value >= least, f"{name}: at least {least}, got {value}")
 
 
 @dataclass
@@ -362,7 +359,7 @@ def _check(kind, value, where):
         return value
     nested = dataclasses.is_dataclass(kind)
     plain = dict if nested else origin or kind
-    fits = isinstance(value, (int, float) if plain is float else plain) and isinstance(value, bool) <= (plain is bool)
+    fits = isinstance(value, (int, float) if plain is float else plain) and isinstance(value, bool) == (plain is bool)
     _need(fits, f"{where}: expected {_IN_WORDS.get(plain, plain.__name__)}, got {value!r}")
     if nested:
         return _build(kind, value, where)

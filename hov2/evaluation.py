@@ -130,7 +130,7 @@ class Journal:
             file.write("\n" if file.tell() else "")  # ends a line that a kill may have cut short
 
     def _begin(self, protocol, resume):
-        """Makes the folder ready for answers under `protocol`; if it has others, returns how those came, else ""."""
+        """Makes the folder ready for answers under `protocol`; returns how those that it has differ, or ""."""
         path = self.folder / "protocol.json"
         if not resume:
             set_aside(self.folder.parent, ("answers", "predictions.jsonl", "results.json", "results.txt"))

@@ -152,7 +152,8 @@ def thinker_of(name):
         return name, design(name, torch.bfloat16)
     except ModelError:
         with tempfile.TemporaryDirectory() as folder:
-            Qwen2_5OmniThinkerConfig(vision_config={"hidden_size": 1280}).save_pretrained(folder)  # else as the 7B has it
+            # all else is by default as in the 7B
+            Qwen2_5OmniThinkerConfig(vision_config={"hidden_size": 1280}).save_pretrained(folder)
             return f"{name} (not there; the sizes of Qwen2.5-Omni-7B)", design(folder, torch.bfloat16)
 
 
