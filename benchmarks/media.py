@@ -5,8 +5,9 @@
 
 Each way gives 2 frames a second, at most 32, of at most 128 x 28 x 28 pixels, and mono sound at 16 kHz. "ffmpeg" decodes
 every frame and all sound and throws them away: the cost of decoding alone, without colours, resizing and resampling.
-"media_cache" is hov2 with the clip on disk from an earlier reading. The peers are optional: `pip install qwen-omni-utils[decord] torchcodec` and the `ffmpeg` program, which they read sound
-with; what is missing is said and left out. CPU seconds are those of all threads and child processes.
+What media_cache gains is hov2 with the clip on disk from an earlier reading. The peers are optional:
+`pip install qwen-omni-utils[decord] torchcodec` and the `ffmpeg` program, which they read sound with; what is missing is
+said and left out. CPU seconds are those of all threads and child processes.
 """
 
 import argparse
