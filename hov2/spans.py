@@ -15,7 +15,6 @@ import torch
 TURN_ENDS = ("<|im_end|>", "<|endoftext|>")  # the tokens that end a completion
 
 
-
 def find_block(text, tag):
     """The first `<tag>` in `text` (str or bytes) and the first `</tag>` after it.
 
@@ -29,15 +28,6 @@ def find_block(text, tag):
     inner_start = start + len(opening)
     inner_end = text.find(closing, inner_start) if start >= 0 else -1
     return (start, inner_start, inner_end, inner_end + len(closing)) if inner_end >= 0 else None
-
-
-def seen_until(token_bytes, tag):
-    """How many leading tokens reach through the end of the `tag` block, the token that completes `</tag>` included.
-
-    `token_bytes`: one bytes object a token, as `token_bytes_of` gives them. 0 if the block is absent or never closed.
-    """
-    block = find_block(b"".join(token_bytes), tag)
-    return _tokens_reaching(block[3], _ends(token_bytes)) if block else 0
 
 
 def span_masks(token_bytes, credit="seen"):

@@ -9,7 +9,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
 
-from hov2.spans import completion_texts, find_block, seen_until, span_masks, states_towards, token_bytes_of
+from hov2.spans import (
+    _ends,
+    _token_range,
+    completion_texts,
+    find_block,
+    span_masks,
+    states_towards,
+    token_bytes_of,
+)
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "tag_texts.json").read_text())["cases"]
 
@@ -21,6 +29,12 @@ PIECES = [piece.encode() for piece in PLAIN.split("|")]
 def marked(pieces, mask):
     """The text of the tokens that a mask keeps."""
     return b"".join(piece for piece, keep in zip(pieces, mask.tolist(), strict=True) if keep).decode()
+
+
+def seen_until(pieces, tag):
+    """How many leading tokens reach through the end of the block."""
+    block = find_block(b"".join(pieces), tag)
+    return _token_range(block, _ends(pieces), "seen")[1] if block else 0
 
 
 def test_find_block_is_the_first_tag_and_the_first_closing_tag_after_it():
