@@ -9,9 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"config", "prompts", "media", "spans", "rewards", "grpo", "logps", "distributed", "optim", "report", "results",
+    {"config", "prompts", "media", "spans", "rewards", "grpo", "logps", "distributed", "optim", "results",
      "formats"},
-    {"guard", "weights"},
+    {"guard", "weights", "report"},
     {"model", "log"},
     {"prefix", "judge", "checkpoint", "data"},
     {"rollout", "scoring", "setup", "benchmarks"},

@@ -1,0 +1,242 @@
+"""python -m hov2.report RUN [RUN2 ...] -o report.html: what runs did, as one page that works from disk.
+
+Curves of all metrics, the rollouts with each token's credit, and evaluations with what changed between runs. The page
+is report.html with report.css, report.js and the data in it: no network, no library. What a model wrote is data in JSON
+(or deflated JSON in base64), which report.js puts in as text, never as HTML.
+"""
+
+import argparse
+import base64
+import html
+import io
+import json
+import re
+import sys
+import zlib
+from pathlib import Path
+
+from hov2.results import compare
+
+MAX_BYTES = 14_000_000  # of the page, for rollouts with their clips
+MAX_PROMPTS = 8  # of a step
+MAX_POINTS = 1000  # of a curve
+MAX_CHANGED = 200  # questions of a comparison
+THUMBNAIL = 112  # pixels, the longer side
+MAX_SOUND = 60  # seconds of a clip
+_HERE = Path(__file__).parent
+
+
+class ReportError(ValueError):
+    """A run that can't be shown; the message names the folder or the file."""
+
+
+def make_report(folders):
+    """The page of the runs in `folders`, as text. ReportError for a folder that holds nothing to show."""
+    folders = [Path(folder) for folder in folders]
+    names = [folder.name for folder in folders]
+    names = [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders)]
+    evaluations = [e for name, folder in zip(names, folders) for e in read_evaluations(name, folder)]
+    runs = [{"name": name, **read_metrics(folder), "rollouts": pack_rollouts(folder, MAX_BYTES / len(folders))}
+            for name, folder in zip(names, folders)]
+    for run, folder in zip(runs, folders):
+        if not (run["steps"] or run["rollouts"]["steps"] or any(e["run"] == run["name"] for e in evaluations)):
+            raise ReportError(f"{folder}: not the folder of a run: no metrics.jsonl, rollouts.jsonl or results.txt")
+    texts = [{name: e[name] for name in ("run", "name", "text")} for e in evaluations]
+    data = {"runs": runs, "about": explanations(), "evaluations": texts, "changes": changes(evaluations)}
+    parts = {kind: (_HERE / f"report.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")}
+    parts |= {"title": html.escape(", ".join(names)), "data": _json(data)}
+    return re.sub("@(title|css|js|data)@", lambda match: parts[match[1]], parts["html"])
+
+
+def _json(data):
+    """JSON that can stand in a <script>: no `<` in it, so that nothing ends that element."""
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _lines(path):
+    """(offset in bytes, line) of each whole line: none of a file that isn't there, and no last one that is cut off."""
+    offset = 0
+    with path.open("rb") if path.exists() else io.BytesIO() as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield offset, line
+            offset += len(line)
+
+
+def _record(path, line):
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ReportError(f"{path}: expected JSON, got {line[:40]!r}: {error}") from None
+
+
+# ---- Curves ----
+
+
+def read_metrics(folder):
+    """{"steps": [...], "values": {metric: [number or None, ...]}, "logged": how many steps} of a run's metrics.jsonl."""
+    path = folder / "metrics.jsonl"
+    records = [_record(path, line) for _, line in _lines(path)]
+    shown = records[::-(-len(records) // MAX_POINTS) or 1]
+    names = dict.fromkeys(name for record in records for name in record if name != "step")
+    return {"steps": [record["step"] for record in shown], "logged": len(records),
+            "values": {name: [_rounded(record.get(name)) for record in shown] for name in names}}
+
+
+def _rounded(value):
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def explanations():
+    """[[pattern of names, what it is]] for the metrics in the tables of docs/metrics.md."""
+    path, found = _HERE.parent / "docs/metrics.md", []
+    rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for row in (row.split("|") for row in rows if row.startswith("| `")):
+        found += [[f"^{re.sub('NAME|KIND', '[^/]+', name)}$", row[2].strip().replace("`", "")]
+                  for name in re.findall("`(.+?)`", row[1])]
+    return found
+
+
+# ---- Rollouts ----
+
+
+def pack_rollouts(folder, budget):
+    """The run's rollouts for the page, of steps spread evenly over it, as many as go into `budget` bytes.
+
+    Returns {"steps": {step: base64 of deflated JSON}, "dumped": steps in the file, "most": prompts of a step in the
+    file, "clips": {path: clip}}. A step is a list of at most MAX_PROMPTS records of train_grpo.dump_record, with the
+    `blocks` of each completion.
+    """
+    path, offsets, packed, clips, used = folder / "rollouts.jsonl", {}, {}, {}, 0
+    for offset, line in _lines(path):
+        match = re.match(rb'{"step": (\d+),', line)
+        if not match:
+            raise ReportError(f"{path}: expected the records that train_grpo.py writes, got {line[:40]!r}")
+        offsets.setdefault(int(match[1]), []).append(offset)
+    for step in spread(sorted(offsets)):
+        records = _read_step(path, offsets[step][::-(-len(offsets[step]) // MAX_PROMPTS)])
+        files = {file for record in records for file in record["media"].values()} - clips.keys()
+        more = {file: read_clip(file, folder / "config.json") for file in sorted(files)}
+        text = base64.b64encode(zlib.compress(_json(records).encode(), 9)).decode()
+        used += len(text) + len(_json(more))
+        if used > budget and packed:
+            break
+        packed[step] = text
+        clips |= more
+    return {"steps": packed, "dumped": len(offsets), "most": max(map(len, offsets.values()), default=0), "clips": clips}
+
+
+def spread(items):
+    """`items` in another order: the last, the first, then always the middle between two that came before."""
+    order, gaps = [*items[-1:], *items[:-1][:1]], [(0, len(items) - 1)]
+    for low, high in gaps:
+        if high - low > 1:
+            middle = (low + high) // 2
+            order.append(items[middle])
+            gaps += [(low, middle), (middle, high)]
+    return order
+
+
+def _read_step(path, offsets):
+    from hov2.spans import find_block  # here, as below: this module is imported without torch
+    records = []
+    with path.open("rb") as file:
+        for offset in offsets:
+            file.seek(offset)
+            records.append(_record(path, file.readline()))
+    for completion in (c for record in records for c in record["completions"]):
+        found = {tag: find_block(completion["text"], tag) for tag in ("context", "think", "answer")}
+        completion["blocks"] = {tag: [block[0], block[3]] for tag, block in found.items() if block}
+    return records
+
+
+def read_clip(path, config):
+    """What the model saw and heard of a file: {"frames": data URIs, "fps", "sound": data URI, "seconds"}, or {"error"}.
+
+    Read with the media settings of the run's `config`; the sound ends after MAX_SOUND seconds.
+    """
+    from hov2.media import MediaError, read_media
+    try:
+        settings = json.loads(config.read_text(encoding="utf-8"))["media"]
+        media = read_media(path, **{name: settings[name] for name in ("fps", "max_frames", "min_pixels", "max_pixels")})
+    except MediaError as error:
+        return {"error": str(error)}
+    except (OSError, ValueError, KeyError) as error:
+        return {"error": f"{config}: no media settings, so the clips are not shown: {error}"}
+    frames = [] if media.frames is None else media.frames
+    clip = {"frames": [_jpeg(frame) for frame in frames], "fps": media.sample_fps}
+    if media.audio is not None:
+        clip |= {"sound": _opus(media.audio[:MAX_SOUND * 16000]), "seconds": len(media.audio) / 16000}
+    return clip
+
+
+def _jpeg(pixels):
+    """A frame, uint8 (3, H, W), as a small picture."""
+    import av
+    frame = av.VideoFrame.from_ndarray(pixels.permute(1, 2, 0).contiguous().numpy(), format="rgb24")
+    shrink = min(1, THUMBNAIL / max(frame.width, frame.height))
+    frame = frame.reformat(max(2, round(frame.width * shrink)), max(2, round(frame.height * shrink)), "yuvj444p")
+    return _data_uri("image/jpeg", "mjpeg", "mjpeg", frame, rate=1, width=frame.width, height=frame.height,
+                     pix_fmt="yuvj444p", options={"qmin": "4", "qmax": "4"})
+
+
+def _opus(waveform):
+    """Mono sound at 16 kHz, float32 (N,)."""
+    import av
+    frame = av.AudioFrame.from_ndarray(waveform[None].numpy(), format="flt", layout="mono")
+    frame.sample_rate = 16000
+    return _data_uri("audio/webm", "webm", "libopus", frame, rate=16000, layout="mono", options={"b": "24k"})
+
+
+def _data_uri(kind, container_format, codec, frame, **settings):
+    import av
+    file = io.BytesIO()
+    with av.open(file, "w", format=container_format) as container:
+        stream = container.add_stream(codec, **settings)
+        container.mux([*stream.encode(frame), *stream.encode()])
+    return f"data:{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+# ---- Evaluation ----
+
+
+def read_evaluations(run, folder):
+    """[{"run", "name", "text", "records"}] of the evaluations that evaluate.py wrote to `folder` or to folders in it."""
+    found = []
+    for path in sorted([*folder.glob("results.txt"), *folder.glob("*/results.txt")]):
+        predictions = path.with_name("predictions.jsonl")
+        found.append({"run": run, "name": path.parent.name if path.parent != folder else "", "text": path.read_text(
+            encoding="utf-8"), "records": [_record(predictions, line) for _, line in _lines(predictions)]})
+    return found
+
+
+def changes(evaluations):
+    """For each evaluation and the next run's of that name, results.compare: counts, and the questions that changed."""
+    found, earlier = [], {}
+    for e in evaluations:
+        if e["name"] in earlier:
+            before = earlier[e["name"]]
+            result = compare(before["records"], e["records"])
+            found.append({
+                "runs": [before["run"], e["run"]], "name": e["name"], "pairs": len(result["pairs"]),
+                "changed": len(result["changed"]), "questions": result["changed"][:MAX_CHANGED],
+                **{name: result[name] for name in ("better", "worse", "difference", "interval")}})
+        earlier[e["name"]] = e
+    return found
+
+
+def main():
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m hov2.report", description=__doc__.partition("\n")[0])
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="output_dir of a training run or of an evaluation")
+    parser.add_argument("-o", "--output", default="report.html")
+    args = parser.parse_args()
+    try:
+        Path(args.output).write_text(make_report(args.runs), encoding="utf-8")
+    except (ReportError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{args.output}: {Path(args.output).stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
