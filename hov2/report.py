@@ -17,7 +17,7 @@ from pathlib import Path
 
 from hov2.results import compare
 
-MAX_BYTES = 14_000_000  # of the page, for rollouts with their clips
+MAX_BYTES = 14e6  # of the page, for rollouts with their clips
 MAX_PROMPTS = 8  # of a step
 MAX_POINTS = 1000  # of a curve
 MAX_CHANGED = 200  # questions of a comparison
@@ -32,19 +32,18 @@ class ReportError(ValueError):
 
 def make_report(folders):
     """The page of the runs in `folders`, as text. ReportError for a folder that holds nothing to show."""
-    folders = [Path(folder) for folder in folders]
-    names = [folder.name for folder in folders]
-    names = [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders)]
-    evaluations = [e for name, folder in zip(names, folders) for e in read_evaluations(name, folder)]
-    runs = [{"name": name, **read_metrics(folder), "rollouts": pack_rollouts(folder, MAX_BYTES / len(folders))}
-            for name, folder in zip(names, folders)]
-    for run, folder in zip(runs, folders):
-        if not (run["steps"] or run["rollouts"]["steps"] or any(e["run"] == run["name"] for e in evaluations)):
-            raise ReportError(f"{folder}: not the folder of a run: no metrics.jsonl, rollouts.jsonl or results.txt")
-    texts = [{name: e[name] for name in ("run", "name", "text")} for e in evaluations]
-    data = {"runs": runs, "about": explanations(), "evaluations": texts, "changes": changes(evaluations)}
+    names = [Path(folder).name for folder in folders]
+    folders = {name if names.count(name) == 1 else str(folder): Path(folder) for name, folder in zip(names, folders)}
+    evaluations = [e for name, folder in folders.items() for e in read_evaluations(name, folder)]
+    runs = [{"name": name, **read_metrics(folder / "metrics.jsonl"),
+             "rollouts": pack_rollouts(folder, MAX_BYTES / len(folders))} for name, folder in folders.items()]
+    for run in runs:
+        if not (run["steps"] or run["rollouts"]["steps"] or run["name"] in [e["run"] for e in evaluations]):
+            raise ReportError(f"{folders[run['name']]}: no metrics.jsonl, rollouts.jsonl or results.txt of a run in it")
+    data = {"runs": runs, "about": explanations(), "changes": changes(evaluations),
+            "evaluations": [{name: e[name] for name in ("run", "name", "text")} for e in evaluations]}
     parts = {kind: (_HERE / f"report.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")}
-    parts |= {"title": html.escape(", ".join(names)), "data": _json(data)}
+    parts |= {"title": html.escape(", ".join(folders)), "data": _json(data)}
     return re.sub("@(title|css|js|data)@", lambda match: parts[match[1]], parts["html"])
 
 
@@ -73,28 +72,20 @@ def _record(path, line):
 # ---- Curves ----
 
 
-def read_metrics(folder):
-    """{"steps": [...], "values": {metric: [number or None, ...]}, "logged": how many steps} of a run's metrics.jsonl."""
-    path = folder / "metrics.jsonl"
+def read_metrics(path):
+    """{"steps": [...], "values": {metric: [number or None, ...]}, "logged": how many steps} of a metrics.jsonl."""
     records = [_record(path, line) for _, line in _lines(path)]
     shown = records[::-(-len(records) // MAX_POINTS) or 1]
     names = dict.fromkeys(name for record in records for name in record if name != "step")
     return {"steps": [record["step"] for record in shown], "logged": len(records),
-            "values": {name: [_rounded(record.get(name)) for record in shown] for name in names}}
-
-
-def _rounded(value):
-    return float(f"{value:.5g}") if isinstance(value, float) else value
+            "values": {name: [record.get(name) for record in shown] for name in names}}
 
 
 def explanations():
-    """[[pattern of names, what it is]] for the metrics in the tables of docs/metrics.md."""
-    path, found = _HERE.parent / "docs/metrics.md", []
-    rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    for row in (row.split("|") for row in rows if row.startswith("| `")):
-        found += [[f"^{re.sub('NAME|KIND', '[^/]+', name)}$", row[2].strip().replace("`", "")]
-                  for name in re.findall("`(.+?)`", row[1])]
-    return found
+    """[[pattern of names in backticks, what it is]] of the metrics in the tables of docs/metrics.md, in their order."""
+    text = (_HERE.parent / "docs/metrics.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.+?) \| (.+?) \|", text, re.MULTILINE)
+    return [[re.sub("NAME|KIND", "[^/]+", names).replace(", ", "|"), about.replace("`", "")] for names, about in rows]
 
 
 # ---- Rollouts ----
@@ -113,8 +104,10 @@ def pack_rollouts(folder, budget):
         if not match:
             raise ReportError(f"{path}: expected the records that train_grpo.py writes, got {line[:40]!r}")
         offsets.setdefault(int(match[1]), []).append(offset)
-    for step in spread(sorted(offsets)):
-        records = _read_step(path, offsets[step][::-(-len(offsets[step]) // MAX_PROMPTS)])
+    steps = sorted(offsets, reverse=True)  # in the order in which a ruler's marks get shorter, from the last step on:
+    for i in sorted(range(len(steps)), key=lambda i: i & -i or len(steps), reverse=True):
+        step = steps[i]
+        records = _read_records(path, offsets[step][::-(-len(offsets[step]) // MAX_PROMPTS)])
         files = {file for record in records for file in record["media"].values()} - clips.keys()
         more = {file: read_clip(file, folder / "config.json") for file in sorted(files)}
         text = base64.b64encode(zlib.compress(_json(records).encode(), 9)).decode()
@@ -126,18 +119,7 @@ def pack_rollouts(folder, budget):
     return {"steps": packed, "dumped": len(offsets), "most": max(map(len, offsets.values()), default=0), "clips": clips}
 
 
-def spread(items):
-    """`items` in another order: the last, the first, then always the middle between two that came before."""
-    order, gaps = [*items[-1:], *items[:-1][:1]], [(0, len(items) - 1)]
-    for low, high in gaps:
-        if high - low > 1:
-            middle = (low + high) // 2
-            order.append(items[middle])
-            gaps += [(low, middle), (middle, high)]
-    return order
-
-
-def _read_step(path, offsets):
+def _read_records(path, offsets):
     from hov2.spans import find_block  # here, as below: this module is imported without torch
     records = []
     with path.open("rb") as file:
@@ -205,22 +187,21 @@ def read_evaluations(run, folder):
     found = []
     for path in sorted([*folder.glob("results.txt"), *folder.glob("*/results.txt")]):
         predictions = path.with_name("predictions.jsonl")
-        found.append({"run": run, "name": path.parent.name if path.parent != folder else "", "text": path.read_text(
-            encoding="utf-8"), "records": [_record(predictions, line) for _, line in _lines(predictions)]})
+        found.append({"run": run, "name": path.parent.name, "text": path.read_text(encoding="utf-8"),
+                      "records": [_record(predictions, line) for _, line in _lines(predictions)]})
     return found
 
 
 def changes(evaluations):
-    """For each evaluation and the next run's of that name, results.compare: counts, and the questions that changed."""
+    """results.compare of each evaluation with the next run's of that name; `pairs` is how many, `changed` is bounded."""
     found, earlier = [], {}
     for e in evaluations:
-        if e["name"] in earlier:
-            before = earlier[e["name"]]
+        if before := earlier.get(e["name"]):
             result = compare(before["records"], e["records"])
-            found.append({
-                "runs": [before["run"], e["run"]], "name": e["name"], "pairs": len(result["pairs"]),
-                "changed": len(result["changed"]), "questions": result["changed"][:MAX_CHANGED],
-                **{name: result[name] for name in ("better", "worse", "difference", "interval")}})
+            changed = [[{k: v for k, v in record.items() if k != "samples"} for record in pair]
+                       for pair in result["changed"][:MAX_CHANGED]]
+            found.append(result | {"runs": [before["run"], e["run"]], "name": e["name"], "pairs": len(result["pairs"]),
+                                   "count": len(result["changed"]), "changed": changed})
         earlier[e["name"]] = e
     return found
 
