@@ -56,7 +56,7 @@ function chart(metric, about) {
   const known = lines.flat().filter(([, value]) => value !== null);
   const [first, last] = range(known.map(([step]) => step));
   let [low, high] = range(known.map(([, value]) => value));
-  if (low === high) [low, high] = [low - (Math.abs(low) || 1) / 2, high + (Math.abs(high) || 1) / 2];
+  if (low === high) high += Math.abs(high) || 1;
   const power = 10 ** Math.floor(Math.log10((high - low) / 3));
   const tick = power * [1, 2, 5, 10].find(factor => (high - low) / (factor * power) <= 4);
   [low, high] = [Math.floor(low / tick), Math.ceil(high / tick)];
@@ -167,9 +167,9 @@ function showCompletion({text, token_ends, token_ids, rewards, judge_replies, tr
     const reached = values[name].filter(value => value !== 0).length;
     return row(`A ${name}`, number(advantage, "+"), `on ${reached} of ${token_ids.length} tokens`);
   });
-  const body = make("div");
+  const body = make("div"), characters = [...text]; // offsets count characters, JavaScript's strings half of an emoji
   token_ends.forEach((end, t) => {
-    const start = t ? token_ends[t - 1] : 0, piece = text.slice(start, end);
+    const start = t ? token_ends[t - 1] : 0, piece = characters.slice(start, end).join("");
     const tag = Object.keys(blocks).find(name => start < blocks[name][1] && end > blocks[name][0]) ?? "outside";
     if (body.lastChild?.title !== tag) body.append(make("div", {className: `block ${tag}`, title: tag}));
     const token = make("span", {className: tokens.clipped[t] ? "token clipped" : "token"}, piece);
