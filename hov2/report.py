@@ -94,29 +94,31 @@ def explanations():
 def pack_rollouts(folder, budget):
     """The run's rollouts for the page, of steps spread evenly over it, as many as go into `budget` bytes.
 
-    Returns {"steps": {step: base64 of deflated JSON}, "dumped": steps in the file, "most": prompts of a step in the
-    file, "clips": {path: clip}}. A step is a list of at most MAX_PROMPTS records of train_grpo.dump_record, with the
-    `blocks` of each completion.
+    Returns {"steps": {step: base64 of deflated JSON}, "dumped": steps in the file, "prompts": most of one step in it,
+    "clips": {path: clip}}. A step is a list of at most MAX_PROMPTS records of train_grpo.dump_record, with the `blocks`
+    of each completion.
     """
-    path, offsets, packed, clips, used = folder / "rollouts.jsonl", {}, {}, {}, 0
+    path, config, offsets, packed, clips, used = folder / "rollouts.jsonl", folder / "config.json", {}, {}, {}, 0
     for offset, line in _lines(path):
         match = re.match(rb'{"step": (\d+),', line)
         if not match:
             raise ReportError(f"{path}: expected the records that train_grpo.py writes, got {line[:40]!r}")
         offsets.setdefault(int(match[1]), []).append(offset)
-    steps = sorted(offsets, reverse=True)  # in the order in which a ruler's marks get shorter, from the last step on:
-    for i in sorted(range(len(steps)), key=lambda i: i & -i or len(steps), reverse=True):
-        step = steps[i]
+    settings = offsets and _record(config, config.read_bytes())["media"]
+    steps = sorted(offsets, reverse=True)
+    ruler = sorted(range(len(steps)), key=lambda i: i & -i or len(steps), reverse=True)  # its longest marks first
+    for step in (steps[i] for i in ruler):
         records = _read_records(path, offsets[step][::-(-len(offsets[step]) // MAX_PROMPTS)])
         files = {file for record in records for file in record["media"].values()} - clips.keys()
-        more = {file: read_clip(file, folder / "config.json") for file in sorted(files)}
+        more = {file: read_clip(file, settings) for file in sorted(files)}
         text = base64.b64encode(zlib.compress(_json(records).encode(), 9)).decode()
         used += len(text) + len(_json(more))
         if used > budget and packed:
             break
         packed[step] = text
         clips |= more
-    return {"steps": packed, "dumped": len(offsets), "most": max(map(len, offsets.values()), default=0), "clips": clips}
+    return {"steps": packed, "dumped": len(offsets), "clips": clips,
+            "prompts": max(map(len, offsets.values()), default=0)}
 
 
 def _read_records(path, offsets):
@@ -132,19 +134,16 @@ def _read_records(path, offsets):
     return records
 
 
-def read_clip(path, config):
+def read_clip(path, settings):
     """What the model saw and heard of a file: {"frames": data URIs, "fps", "sound": data URI, "seconds"}, or {"error"}.
 
-    Read with the media settings of the run's `config`; the sound ends after MAX_SOUND seconds.
+    `settings`: config.MediaConfig as a dict. The sound ends after MAX_SOUND seconds.
     """
     from hov2.media import MediaError, read_media
     try:
-        settings = json.loads(config.read_text(encoding="utf-8"))["media"]
         media = read_media(path, **{name: settings[name] for name in ("fps", "max_frames", "min_pixels", "max_pixels")})
     except MediaError as error:
         return {"error": str(error)}
-    except (OSError, ValueError, KeyError) as error:
-        return {"error": f"{config}: no media settings, so the clips are not shown: {error}"}
     frames = [] if media.frames is None else media.frames
     clip = {"frames": [_jpeg(frame) for frame in frames], "fps": media.sample_fps}
     if media.audio is not None:

@@ -25,7 +25,7 @@ TEXTS = [
     f"<context>{EVIL}</context><think>é is two tokens, 😀 four.</think><answer>A</answer>",
     "No blocks at all.",
 ]
-SCORES = {"format": [1.0, 1.0, 1.0, 0.0], "accuracy": [1.0, 0.0, 0.0, 0.0], "context": [1.0, 0.2, None, 0.0],
+SCORES = {"format": [1.0, 1.0, 1.0, 0.0], "accuracy": [1.0, 0.4, 0.0, 0.0], "context": [1.0, 0.2, None, 0.0],
           "logic": [0.6, 1.0, 0.2, 0.0]}
 MEDIA = {"fps": 2.0, "max_frames": 4, "min_pixels": 3136, "max_pixels": 100352, "interleave_audio": False}
 

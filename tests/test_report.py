@@ -56,7 +56,7 @@ def test_records_are_those_of_the_dump_with_their_blocks(run):
 
 
 def test_a_clip_is_what_the_model_saw_and_heard(run):
-    clip = report.read_clip(str(DATA / "bigbuckbunny.mp4"), run / "config.json")
+    clip = report.read_clip(str(DATA / "bigbuckbunny.mp4"), MEDIA)
     pictures = [decode(uri, "image/jpeg") for uri in clip["frames"]]
     media = report_media()
     assert len(pictures) == len(media.frames) == MEDIA["max_frames"]
@@ -97,11 +97,12 @@ def test_shown_steps_are_spread_evenly_when_not_all_fit(tmp_path):
 
 def test_prompts_of_a_step_are_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "MAX_PROMPTS", 2)
-    (tmp_path / "rollouts.jsonl").write_text("".join(
+    write_run(tmp_path / "run", steps=0)
+    (tmp_path / "run/rollouts.jsonl").write_text("".join(
         json.dumps(make_record(0, "none.mp4", name=f"clip/{n}")) + "\n" for n in range(4)))
-    packed = report.pack_rollouts(tmp_path, 1e9)
+    packed = report.pack_rollouts(tmp_path / "run", 1e9)
     assert [record["sample"] for record in steps_of(packed)[0]] == ["clip/0", "clip/2"]
-    assert packed["most"] == 4
+    assert packed["prompts"] == 4
 
 
 def test_long_runs_are_thinned_and_the_last_line_of_a_running_one_is_left_out(tmp_path, monkeypatch):
@@ -133,9 +134,7 @@ def test_a_run_without_rollouts_and_clips_that_are_not_there(run, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": 1.5}\n')
     shown = data_of(report.make_report([tmp_path]))["runs"][0]
     assert shown["values"] == {"loss": [1.5]} and shown["rollouts"]["dumped"] == 0
-    assert report.read_clip("/none.mp4", run / "config.json") == {"error": "/none.mp4: no such file"}
-    error = report.read_clip("/none.mp4", tmp_path / "config.json")["error"]
-    assert error.startswith(f"{tmp_path}/config.json: no media settings")
+    assert report.read_clip("/none.mp4", MEDIA) == {"error": "/none.mp4: no such file"}
 
 
 @pytest.mark.parametrize("name, text, message", [

@@ -105,7 +105,7 @@ def test_completions_show_scores_blocks_and_clipped_tokens(browser, page):
     assert cells["context"] == cells["A context"] == "missing"
     assert cells["logic"] == "0.2" and cells["A logic"] == "−0.25"
     record = make_record(0, "-")["completions"][2]
-    assert float(cells["A total"].replace("−", "-")) == pytest.approx(max(views_of(record)["total"], key=abs), abs=1e-4)
+    assert cells["A, sum"] == "−0.35"  # of full −0.1 and logic −0.25
     clipped, = find(browser, ".token.clipped")
     assert clipped == find(third, ".token")[2]
     facts = clipped.get_attribute("data-facts").split("\n")
@@ -146,7 +146,7 @@ def test_curves_have_a_gap_where_a_value_is_missing_and_say_their_values(browser
     show(browser, page + "#curves")
     figures = {find(figure, "b")[0].text: figure for figure in find(browser, "figure")}
     assert set(figures) == {"reward", "rewards/context/mean"}
-    pens = {name: find(figure, ".line")[1].get_attribute("d").count("M") for name, figure in figures.items()}
+    pens = {name: find(figure, "path.run")[1].get_attribute("d").count("M") for name, figure in figures.items()}
     assert pens == {"reward": 1, "rewards/context/mean": 2}
     webdriver.ActionChains(browser).move_to_element(find(figures["reward"], "svg")[0]).perform()
     said = find(figures["reward"], "output")[0]
