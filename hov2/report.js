@@ -26,7 +26,7 @@ function number(value, plus = "") {
 
 const least = values => values.reduce((a, b) => Math.min(a, b), Infinity);
 const most = values => values.reduce((a, b) => Math.max(a, b), -Infinity);
-const coloured = run => ({class: "run", style: `--run: oklch(0.64 0.15 ${255 + 167 * data.runs.indexOf(run)})`});
+const coloured = run => ({class: "run", style: `--run: oklch(0.64 0.15 ${255 + 137.5 * data.runs.indexOf(run)})`});
 
 // ---- Curves ----
 
@@ -40,13 +40,10 @@ function showCurves() {
     put("curves", make("h3", {}, group), make("div", {class: "charts"}, ...names.map(metric =>
       chart(metric, data.about[row(metric)]?.[1] ?? ""))));
   }
-  for (const {name, steps, logged} of data.runs) {
-    put("curves", make("p", {class: "note"}, `${name}: ${steps.length} of ${logged} logged steps are drawn.`));
-  }
 }
 
 function chart(metric, about) {
-  const lines = data.runs.map(run => run.steps.map((step, i) => [step, run.values[metric]?.[i] ?? null]));
+  const lines = data.runs.map(run => (run.values[metric] ?? []).map((value, i) => [run.steps[i], value]));
   const known = lines.flat().filter(([, value]) => value !== null);
   if (!known.length) return make("figure", {}, make("b", {}, metric), make("p", {}, `${about}: all are missing`));
   const steps = known.map(([step]) => step), values = known.map(([, value]) => value);
@@ -151,7 +148,7 @@ function showGroup(completions) {
       make("b", {}, ` ${chosen.credit} `), ABOUT[chosen.credit] ?? "",
       isCredit ? " Green: the update makes this token likelier; orange: less likely." : " The KL term pulls back.",
       scale ? "" : " All are 0: equal rewards teach nothing.",
-      " ", make("span", {class: "clipped"}, "Dashed:"), " the clip took the token's gradient away."),
+      " ", make("span", {class: "clipped"}, "Dashed"), ": the clip took the token's gradient away."),
     make("div", {class: "completions"}, ...completions.map((completion, i) =>
       showCompletion(completion, `completion ${i + 1}`, values[i], scale)))];
 }
@@ -184,29 +181,11 @@ function showCompletion({text, token_ends, token_ids, rewards, judge_replies, tr
   return make("article", {}, make("h4", {}, title, truncated ? ", cut off" : ""), table, body);
 }
 
-// ---- Evaluation ----
-
-function showEvaluation() {
-  const said = of => `${of.error ?? of.parsed ?? of.answer ?? "no answer"} (${number(of.accuracy)})`;
-  if (!data.evaluations.length) put("evaluation", "There is no results.txt of evaluate.py in these folders.");
-  for (const {run, name, text} of data.evaluations) {
-    const colours = coloured(data.runs.find(other => other.name === run));
-    put("evaluation", make("h3", {}, make("span", colours, run), ` ${name}`), make("pre", {}, text));
-  }
-  for (const {runs, name, pairs, better, worse, difference, interval, count, changed} of data.changes) {
-    const bounds = (interval ?? [null, null]).map(bound => number(bound, "+")).join(" to ");
-    const line = (who, text) => make("p", {}, make("b", {}, `${who} `), text ?? "missing");
-    put("evaluation", make("h3", {}, `${name}: what changed from ${runs[0]} to ${runs[1]}`), make("p", {class: "about"},
-      `Of ${pairs} questions in both, ${better} are better and ${worse} worse. Mean accuracy ${number(difference, "+")}, `
-      + `95 % interval ${bounds}. ${changed.length} of ${count} changed questions are listed.`),
-    ...changed.map(([before, after]) => make("details", {},
-      make("summary", {}, make("b", {}, before.id), ` ${said(before)} → ${said(after)}`), line("question", before.problem),
-      line("reference", before.solution), line(runs[0], before.completion), line(runs[1], after.completion))));
-  }
-}
+// ---- Evaluation, and the whole page ----
 
 put("runs", ...data.runs.map(run => make("b", coloured(run), run.name)));
 showCurves();
-showEvaluation();
 choose({});
+for (const [title, text] of data.evaluations) put("evaluation", make("h3", {}, title), make("pre", {}, text));
+if (!data.evaluations.length) put("evaluation", "There is no results.txt of evaluate.py in these folders.");
 location.hash ||= data.runs.some(run => run.rollouts.dumped) ? "#rollouts" : "#curves";

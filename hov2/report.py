@@ -15,14 +15,11 @@ import sys
 import zlib
 from pathlib import Path
 
-from hov2.results import compare
+from hov2.results import format_comparison
 
 MAX_BYTES = 14e6  # of the page, for rollouts with their clips
 MAX_PROMPTS = 8  # of a step
-MAX_POINTS = 1000  # of a curve
-MAX_CHANGED = 200  # questions of a comparison
 THUMBNAIL = 112  # pixels, the longer side
-MAX_SOUND = 60  # seconds of a clip
 _HERE = Path(__file__).parent
 
 
@@ -40,8 +37,7 @@ def make_report(folders):
     for run in runs:
         if not (run["steps"] or run["rollouts"]["steps"] or run["name"] in [e["run"] for e in evaluations]):
             raise ReportError(f"{folders[run['name']]}: no metrics.jsonl, rollouts.jsonl or results.txt of a run in it")
-    data = {"runs": runs, "about": explanations(), "changes": changes(evaluations),
-            "evaluations": [{name: e[name] for name in ("run", "name", "text")} for e in evaluations]}
+    data = {"runs": runs, "about": explanations(), "evaluations": texts(evaluations)}
     parts = {kind: (_HERE / f"report.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")}
     parts |= {"title": html.escape(", ".join(folders)), "data": _json(data)}
     return re.sub("@(title|css|js|data)@", lambda match: parts[match[1]], parts["html"])
@@ -73,12 +69,11 @@ def _record(path, line):
 
 
 def read_metrics(path):
-    """{"steps": [...], "values": {metric: [number or None, ...]}, "logged": how many steps} of a metrics.jsonl."""
+    """{"steps": [...], "values": {metric: [number or None, ...]}} of a metrics.jsonl."""
     records = [_record(path, line) for _, line in _lines(path)]
-    shown = records[::-(-len(records) // MAX_POINTS) or 1]
     names = dict.fromkeys(name for record in records for name in record if name != "step")
-    return {"steps": [record["step"] for record in shown], "logged": len(records),
-            "values": {name: [record.get(name) for record in shown] for name in names}}
+    return {"steps": [record["step"] for record in records],
+            "values": {name: [record.get(name) for record in records] for name in names}}
 
 
 def explanations():
@@ -137,7 +132,7 @@ def _read_records(path, offsets):
 def read_clip(path, settings):
     """What the model saw and heard of a file: {"frames": data URIs, "fps", "sound": data URI, "seconds"}, or {"error"}.
 
-    `settings`: config.MediaConfig as a dict. The sound ends after MAX_SOUND seconds.
+    `settings`: config.MediaConfig as a dict.
     """
     from hov2.media import MediaError, read_media
     try:
@@ -147,7 +142,7 @@ def read_clip(path, settings):
     frames = [] if media.frames is None else media.frames
     clip = {"frames": [_jpeg(frame) for frame in frames], "fps": media.sample_fps}
     if media.audio is not None:
-        clip |= {"sound": _opus(media.audio[:MAX_SOUND * 16000]), "seconds": len(media.audio) / 16000}
+        clip |= {"sound": _opus(media.audio), "seconds": len(media.audio) / 16000}
     return clip
 
 
@@ -182,25 +177,24 @@ def _data_uri(kind, container_format, codec, frame, **settings):
 
 
 def read_evaluations(run, folder):
-    """[{"run", "name", "text", "records"}] of the evaluations that evaluate.py wrote to `folder` or to folders in it."""
+    """What evaluate.py wrote to `folder` or to folders in it: [{"run", "name", "text", "results", "records"}]."""
     found = []
     for path in sorted([*folder.glob("results.txt"), *folder.glob("*/results.txt")]):
-        predictions = path.with_name("predictions.jsonl")
+        results, predictions = path.with_name("results.json"), path.with_name("predictions.jsonl")
         found.append({"run": run, "name": path.parent.name, "text": path.read_text(encoding="utf-8"),
+                      "results": _record(results, results.read_bytes()),
                       "records": [_record(predictions, line) for _, line in _lines(predictions)]})
     return found
 
 
-def changes(evaluations):
-    """results.compare of each evaluation with the next run's of that name; `pairs` is how many, `changed` is bounded."""
+def texts(evaluations):
+    """[[title, text]]: the tables of each evaluation, and what changed from it to the next run's of the same name."""
     found, earlier = [], {}
     for e in evaluations:
+        found.append([f"{e['run']}: {e['name']}", e["text"]])
         if before := earlier.get(e["name"]):
-            result = compare(before["records"], e["records"])
-            changed = [[{k: v for k, v in record.items() if k != "samples"} for record in pair]
-                       for pair in result["changed"][:MAX_CHANGED]]
-            found.append(result | {"runs": [before["run"], e["run"]], "name": e["name"], "pairs": len(result["pairs"]),
-                                   "count": len(result["changed"]), "changed": changed})
+            pair = [(x["run"], x["results"], x["records"]) for x in (before, e)]
+            found.append([f"{before['run']} → {e['run']}: {e['name']}", format_comparison(*zip(*pair))])
         earlier[e["name"]] = e
     return found
 

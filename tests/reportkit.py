@@ -11,6 +11,7 @@ import torch
 
 from hov2.data import Sample
 from hov2.grpo import credit, reward_advantages
+from hov2.results import format_summary, summarize
 from hov2.rollout import Rollout
 from hov2.scoring import Score
 from hov2.spans import token_bytes_of
@@ -64,8 +65,11 @@ def write_run(folder, steps=2, video=DATA / "bigbuckbunny.mp4", accuracy=0.0):
             values = {"step": step, "reward": step / 10, "rewards/context/mean": None if step == 1 else 0.5}
             metrics.write(json.dumps(values) + "\n")
             rollouts.writelines(json.dumps(make_record(step, video, name=f"clip/{n}")) + "\n" for n in range(2))
-    (folder / "eval" / "results.txt").write_text(f"multiple choice 1 {accuracy:.3f}\nnot asked: {EVIL}\n")
-    (folder / "eval" / "predictions.jsonl").write_text(json.dumps({
-        "id": "eval/1", "problem": "Who speaks?", "solution": "<answer>A</answer>", "problem_type": "multiple choice",
-        "error": None, "parsed": "A", "answer": "A", "accuracy": accuracy, "completion": EVIL}) + "\n")
+    record = {"id": "eval/1", "problem": "Who speaks?", "solution": "<answer>A</answer>", "problem_type": "multiple choice",
+              "completion": EVIL, "answer": EVIL, "parsed": EVIL[:30], "accuracy": accuracy, "exact": accuracy,
+              "format": 0.0, "context": None, "no_answer": False, "truncated": False, "error": None}
+    results = {"protocol": {"model": str(folder)}, **summarize([record])}
+    (folder / "eval" / "predictions.jsonl").write_text(json.dumps(record) + "\n")
+    (folder / "eval" / "results.json").write_text(json.dumps(results))
+    (folder / "eval" / "results.txt").write_text(f"{format_summary(results)}\nnot asked: {EVIL}\n")
     return folder
