@@ -67,7 +67,8 @@ def main(folder):
     with tempfile.TemporaryDirectory() as temporary:
         page = Path(temporary) / "report.html"
         page.write_text(make_report([folder]), encoding="utf-8")
-        with webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver"))) as browser:
+        service = webdriver.ChromeService(shutil.which("chromedriver"))
+        with webdriver.Chrome(options=options, service=service) as browser:
             browser.get(page.as_uri())
             wait = WebDriverWait(browser, 20)
             wait.until(lambda _: browser.find_elements("css selector", "article"))

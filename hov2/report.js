@@ -94,7 +94,7 @@ const OPACITY = 0.75; // of the strongest tint
 // A token's colour: green above zero, orange below, violet for KL, with an opacity of OPACITY * |value| / scale.
 function tint(value, scale) {
   const colour = chosen.credit === "KL" ? "120 90 220" : value > 0 ? "0 150 110" : "230 95 20";
-  return `background: rgb(${colour} / ${scale ? OPACITY * Math.abs(value) / scale : 0})`;
+  return `rgb(${colour} / ${scale ? OPACITY * Math.abs(value) / scale : 0})`;
 }
 
 async function choose(choice) {
@@ -139,7 +139,7 @@ function showGroup(completions) {
   const names = Object.keys(values[0]), isCredit = chosen.credit !== "KL";
   const compared = isCredit ? names.filter(name => name !== "KL") : ["KL"]; // one scale for all credits
   const scale = most(values.flatMap(of => compared.flatMap(name => of[name])).map(Math.abs));
-  const ends = [isCredit ? -scale : 0, 0, scale].map(value => tint(value, scale).slice("background: ".length));
+  const ends = [isCredit ? -scale : 0, 0, scale].map(value => tint(value, scale));
   return [
     make("p", {class: "tints"}, "tint by ", ...names.map(credit => make("button", {
       onclick: () => choose({credit}), "aria-pressed": credit === chosen.credit}, credit))),
@@ -173,10 +173,10 @@ function showCompletion({text, token_ends, token_ids, rewards, judge_replies, tr
     const start = t ? token_ends[t - 1] : 0, piece = characters.slice(start, end).join("");
     const tag = Object.keys(blocks).find(name => start < blocks[name][1] && end > blocks[name][0]) ?? "outside";
     if (body.lastChild?.title !== tag) body.append(make("div", {class: `block ${tag}`, title: tag}));
-    const facts = Object.entries(tokens).map(([name, of]) => `${name}  ${name === "clipped" ? of[t] : number(of[t])}`);
+    const facts = [`“${piece}”`, `id  ${token_ids[t]}`, ...Object.entries(tokens).map(([name, of]) =>
+      `${name}  ${name === "clipped" ? of[t] : number(of[t])}`), `credit/total  ${number(values.total[t])}`];
     body.lastChild.append(make("span", {class: tokens.clipped[t] ? "token clipped" : "token",
-      style: tint(values[chosen.credit][t], scale), "data-facts": [`“${piece}”`, `id  ${token_ids[t]}`, ...facts,
-        `credit/total  ${number(values.total[t])}`].join("\n")}, piece));
+      style: `background: ${tint(values[chosen.credit][t], scale)}`, "data-facts": facts.join("\n")}, piece));
   });
   return make("article", {}, make("h4", {}, title, truncated ? ", cut off" : ""), table, body);
 }

@@ -29,7 +29,7 @@ class ReportError(ValueError):
 
 def make_report(folders):
     """The page of the runs in `folders`, as text. ReportError for a folder that holds nothing to show."""
-    names = [Path(folder).name for folder in folders]
+    names = [Path(folder).resolve().name for folder in folders]
     folders = {name if names.count(name) == 1 else str(folder): Path(folder) for name, folder in zip(names, folders)}
     evaluations = [e for name, folder in folders.items() for e in read_evaluations(name, folder)]
     runs = [{"name": name, **read_metrics(folder / "metrics.jsonl"),

@@ -57,7 +57,7 @@ def make_record(step, video, texts=TEXTS, name="clip/1"):
 
 
 def write_run(folder, steps=2, video=DATA / "bigbuckbunny.mp4", accuracy=0.0):
-    """Writes a run of `steps` steps into `folder` with an evaluation of one question of `accuracy`; returns `folder`."""
+    """Writes a run of `steps` steps and an evaluation of one question of `accuracy` into `folder`; returns `folder`."""
     (folder / "eval").mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"media": MEDIA}))
     with open(folder / "metrics.jsonl", "w") as metrics, open(folder / "rollouts.jsonl", "w") as rollouts:
@@ -65,8 +65,9 @@ def write_run(folder, steps=2, video=DATA / "bigbuckbunny.mp4", accuracy=0.0):
             values = {"step": step, "reward": step / 10, "rewards/context/mean": None if step == 1 else 0.5}
             metrics.write(json.dumps(values) + "\n")
             rollouts.writelines(json.dumps(make_record(step, video, name=f"clip/{n}")) + "\n" for n in range(2))
-    record = {"id": "eval/1", "problem": "Who speaks?", "solution": "<answer>A</answer>", "problem_type": "multiple choice",
-              "completion": EVIL, "answer": EVIL, "parsed": EVIL[:30], "accuracy": accuracy, "exact": accuracy,
+    record = {"id": "eval/1", "problem": "Who speaks?", "solution": "<answer>A</answer>",
+              "problem_type": "multiple choice", "completion": EVIL, "answer": EVIL, "parsed": EVIL[:30],
+              "accuracy": accuracy, "exact": accuracy,
               "format": 0.0, "context": None, "no_answer": False, "truncated": False, "error": None}
     results = {"protocol": {"model": str(folder)}, **summarize([record])}
     (folder / "eval" / "predictions.jsonl").write_text(json.dumps(record) + "\n")

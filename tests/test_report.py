@@ -1,4 +1,4 @@
-"""The report's data: what of a run goes into the page, within which bounds, and what is said where something is not there."""
+"""The report's data: what of a run goes into the page, within which bounds, and what is said of what is lacking."""
 
 import base64
 import io
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from hov2 import report
+from tests.helpers import synth_clip
 from tests.reportkit import DATA, MEDIA, make_record, write_run
 
 
@@ -69,6 +70,14 @@ def test_a_clip_is_what_the_model_saw_and_heard(run):
     assert np.std(sound) == pytest.approx(media.audio.std().item(), rel=0.15)
 
 
+def test_sound_alone_and_an_image(tmp_path):
+    sound = report.read_clip(str(DATA / "lena.opus"), MEDIA)
+    assert sound["frames"] == [] and decode(sound["sound"], "audio/webm").shape[1] / 48000 == pytest.approx(12.3, abs=0.2)
+    image = report.read_clip(synth_clip(tmp_path / "still.png", size=84), MEDIA)
+    assert image["fps"] is None and "sound" not in image
+    assert [decode(uri, "image/jpeg").shape for uri in image["frames"]] == [(84, 84, 3)]
+
+
 def report_media():
     """The clip as training reads it."""
     from hov2.media import read_media
@@ -122,7 +131,8 @@ def test_evaluations_and_what_changed_between_two_runs(run, tmp_path):
     found = data_of(report.make_report([run, other]))["evaluations"]
     assert [title for title, _ in found] == ["one: eval", "two: eval", "one → two: eval"]
     assert found[0][1] == (run / "eval" / "results.txt").read_text()
-    assert "1 are better in B, 0 worse" in found[2][1] and re.search(r"eval/1: .* \(0.000\) -> .* \(1.000\)", found[2][1])
+    assert "1 are better in B, 0 worse" in found[2][1]
+    assert re.search(r"eval/1: .* \(0.000\) -> .* \(1.000\)", found[2][1])
 
 
 def test_a_run_without_rollouts_and_clips_that_are_not_there(run, tmp_path):
