@@ -45,7 +45,7 @@ def make_report(folders):
 
 def _json(data):
     """JSON that can stand in a <script>: no `<` in it, so that nothing ends that element."""
-    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _lines(path):
