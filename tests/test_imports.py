@@ -9,9 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"config", "prompts", "media", "spans", "rewards", "grpo", "logps", "distributed", "optim", "report", "results",
+    {"config", "prompts", "media", "spans", "rewards", "grpo", "logps", "distributed", "optim", "results",
      "formats"},
-    {"guard", "weights", "media_cache"},
+    {"guard", "weights", "media_cache", "report"},
     {"model", "log"},
     {"prefix", "judge", "checkpoint", "data"},
     {"rollout", "scoring", "setup", "benchmarks"},
