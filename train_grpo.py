@@ -223,7 +223,7 @@ def sample_completions(run, groups, sampling, step):
         group.texts = completion_texts(group.token_bytes)
         kept = ~rollout.truncated if config.mask_truncated_completions else torch.ones_like(rollout.truncated)
         group.mask = rollout.completion_mask & kept[:, None]
-        group.logps, group.old_logps, ref_logps = rollout.sampling_logps.new_zeros(3, *group.mask.shape)
+        group.logps, group.old_logps, ref_logps = torch.zeros(3, *group.mask.shape, device=run.device)
         group.ref_logps = ref_logps if config.beta else None
 
 

@@ -32,6 +32,7 @@ class Sampling:
     top_p: float = 1.0
     answer_states: torch.Tensor | None = None  # (V, states), `spans.states_towards` "</answer>": end there as well
     compile: bool = False  # the decoding step goes through torch.compile, and its rows stay until all have ended
+    logps: bool = False  # fills `Rollout.sampling_logps`; training takes those of its own first forward pass
 
 
 @dataclass
@@ -41,7 +42,7 @@ class Rollout:
     completion_ids: torch.Tensor  # (G, C)
     completion_mask: torch.Tensor  # (G, C) bool: up to and including the token that ended it
     truncated: torch.Tensor  # (G,) bool: cut off at the limit
-    sampling_logps: torch.Tensor  # (G, C) float32: log-prob under the full vocabulary at the sampling temperature
+    sampling_logps: torch.Tensor | None  # (G, C) float32: under the full vocabulary, at the sampling temperature
 
 
 def sampling_for(tokenizer, config, stop_at_answer=False, **settings):
@@ -74,40 +75,46 @@ def generate(thinker, prompts, num_generations, sampling, generators, on_token=N
     rows a prompt, `pad_id` for a row that has ended. Reading them waits for the device: at every token, where decoding
     by itself waits only now and then.
     """
-    device = prompts[0].ids.device
-    hidden, cache = _prefill(thinker, prompts, num_generations, sampling.max_completion_length)
-    rows = len(prompts) * num_generations
-    owner = [i for i in range(len(prompts)) for _ in range(num_generations)]  # row -> prompt, for the rows still alive
-    alive = torch.arange(rows, device=device)  # row numbers
+    device, limit = prompts[0].ids.device, sampling.max_completion_length
+    hidden, cache = _prefill(thinker, prompts, num_generations, limit)
+    rows = len(cache.owner)
+    start = torch.stack([prompts[i].next_position for i in cache.owner])  # (rows,)
+    alive = torch.arange(rows, device=device)  # row numbers of those that haven't left
     ended = torch.zeros(rows, dtype=torch.bool, device=device)  # of the alive rows
-    start = torch.stack([prompts[i].next_position for i in owner])  # (rows,)
-    tokens = torch.full((rows, sampling.max_completion_length), sampling.pad_id, device=device)
-    logps = torch.zeros(rows, sampling.max_completion_length, device=device)
-    is_end = torch.zeros(rows, sampling.max_completion_length, dtype=torch.bool, device=device)
-    ends = _Ends(sampling, rows, device)
-    suppressed = sampling.suppressed_ids.to(device)
-    for t in range(sampling.max_completion_length):
+    state = torch.zeros(rows, dtype=torch.long, device=device)  # how far they are in "</answer>"
+    tokens = torch.full((rows, limit), sampling.pad_id, device=device)
+    is_end = torch.zeros(rows, limit, dtype=torch.bool, device=device)
+    logps = torch.zeros(rows, limit, device=device) if sampling.logps else None
+    stops, suppressed = torch.tensor(sampling.stop_ids, device=device), sampling.suppressed_ids.to(device)
+    states = None if sampling.answer_states is None else sampling.answer_states.to(device)
+    for t in range(limit):
         logits = F.linear(hidden, thinker.lm_head.weight).float()  # (R, V)
-        draw = functools.partial(_noise, generators, num_generations, alive)
-        token, logp = _sample(logits, sampling, suppressed, draw)
+        normaliser = (logits / (sampling.temperature or 1)).logsumexp(-1) if sampling.logps else None
+        token = _sample(logits, sampling, suppressed, functools.partial(_noise, generators, num_generations, alive))
         tokens[alive, t] = torch.where(ended, sampling.pad_id, token)
-        logps[alive, t] = torch.where(ended, 0.0, logp)
+        if sampling.logps:
+            logit = logits.gather(-1, token[:, None])[:, 0] / (sampling.temperature or 1)
+            logps[alive, t] = torch.where(ended, 0.0, logit - normaliser)
         if on_token is not None:
             on_token(tokens[:, t])
-        is_end[alive, t] = ends(token, alive)
-        ended = ended | is_end[alive, t]
+        ends = torch.isin(token, stops)
+        if states is not None:
+            state = states[token, state]
+            ends = ends | (state == states.shape[1] - 1)
+        is_end[alive, t] = ends
+        ended = ended | ends
         if t % LEAVE_EVERY == LEAVE_EVERY - 1:
             keep = (~ended).nonzero()[:, 0]
             if len(keep) < len(ended) and not (sampling.compile and len(keep)):  # compiled for this number of rows
-                alive, ended, start, token = alive[keep], ended[keep], start[keep], token[keep]
-                owner = [owner[r] for r in keep.tolist()]
-                cache.select(keep, owner)
-        if not len(alive) or t + 1 == sampling.max_completion_length:
+                alive, ended, start, token, state = (x[keep] for x in (alive, ended, start, token, state))
+                cache.select(keep)
+        if not len(alive) or t + 1 == limit:
             break
         place = torch.full((1,), t, device=device)
         run, length = (_compiled(), None) if sampling.compile else (_step, t + 1)
         hidden = run(thinker, token, start + t, cache, place, length)
-    return [_finish(tokens[r], logps[r], is_end[r]) for r in torch.arange(rows).split(num_generations)]
+    groups = torch.arange(rows).split(num_generations)
+    return [_finish(tokens[r], is_end[r], None if logps is None else logps[r]) for r in groups]
 
 
 def _prefill(thinker, prompts, num_generations, max_completion_length):
@@ -145,7 +152,7 @@ class _Cache:
 
     def __init__(self, prompts, num_generations, length):
         self.length = length
-        self.owner = [i for i in range(prompts) for _ in range(num_generations)]
+        self.owner = [i for i in range(prompts) for _ in range(num_generations)]  # row -> prompt, of the alive rows
         self.prompts, self.own_keys, self.own_values = [], [], []  # one entry a layer
 
     def attend_prefill(self, layer, query, key, value, scale):
@@ -175,9 +182,9 @@ class _Cache:
         prompts = [(*self.prompts[layer][prompt], rows) for prompt, rows in runs]
         return _decode_attention(query * scale, prompts, own_k[:, :, :length], own_v[:, :, :length], future)
 
-    def select(self, keep, owner):
+    def select(self, keep):
         """Keeps the rows numbered `keep`."""
-        self.owner = owner
+        self.owner = [self.owner[r] for r in keep.tolist()]
         self.own_keys = [k[:, keep] for k in self.own_keys]
         self.own_values = [v[:, keep] for v in self.own_values]
 
@@ -210,23 +217,6 @@ def _decode_attention(query, prompts, own_k, own_v, future=None):
     return out.transpose(0, 1).reshape(r, -1, 1, hd)
 
 
-class _Ends:
-    """Which completions a token ends: a stop token does, and what completes the answer if that is asked for."""
-
-    def __init__(self, sampling, rows, device):
-        self.stops = torch.tensor(sampling.stop_ids, device=device)
-        self.states = None if sampling.answer_states is None else sampling.answer_states.to(device)
-        self.state = torch.zeros(rows, dtype=torch.long, device=device)  # how far each row is in the tag
-
-    def __call__(self, token, alive):
-        """(R,) bool for the new tokens (R,) of the rows numbered `alive`."""
-        stopped = torch.isin(token, self.stops)
-        if self.states is None:
-            return stopped
-        self.state[alive] = self.states[token, self.state[alive]]
-        return stopped | (self.state[alive] == self.states.shape[1] - 1)
-
-
 def _noise(generators, num_generations, alive, width):
     """Exponential noise for the rows numbered `alive`, (R, width).
 
@@ -237,31 +227,28 @@ def _noise(generators, num_generations, alive, width):
 
 
 def _sample(logits, sampling, suppressed, draw):
-    """Chooses one token a row: (ids (R,), log-probs under the full vocabulary (R,)). `logits` (R, V) are overwritten.
+    """Chooses one token a row: ids (R,). `logits` (R, V) are set to minus infinity at the suppressed ids.
 
     draw(n): exponential noise (R, n). Gumbel's trick with it: argmax(p / noise) is a draw from p, on the device and
     without waiting for it.
     """
-    logps = logits.div_(sampling.temperature or 1.0).log_softmax(-1)
-    allowed = logps.index_fill_(-1, suppressed, -torch.inf)
+    logits.index_fill_(-1, suppressed, -torch.inf)
     if sampling.temperature == 0:
-        token = allowed.argmax(-1)
-    else:
-        ids = None
-        if sampling.top_k or sampling.top_p < 1:  # else the whole vocabulary, which then need not be sorted
-            allowed, ids = allowed.topk(min(sampling.top_k or allowed.shape[-1], allowed.shape[-1]))
-        probs = allowed.softmax(-1)
-        if sampling.top_p < 1:  # the smallest set of tokens that reaches top_p: the first is always in
-            probs = probs.masked_fill(probs.cumsum(-1) - probs >= sampling.top_p, 0.0)
-        token = (probs / draw(probs.shape[1])).argmax(-1)
-        token = token if ids is None else ids.gather(-1, token[:, None])[:, 0]
-    return token, logps.gather(-1, token[:, None])[:, 0]
+        return logits.argmax(-1)
+    ids = None
+    if sampling.top_k or sampling.top_p < 1:  # else the whole vocabulary, which then need not be sorted
+        logits, ids = logits.topk(min(sampling.top_k or logits.shape[-1], logits.shape[-1]))
+    probs = (logits / sampling.temperature).softmax(-1)
+    if sampling.top_p < 1:  # the smallest set of tokens that reaches top_p: the first is always in
+        probs = probs.masked_fill(probs.cumsum(-1) - probs >= sampling.top_p, 0.0)
+    token = (probs / draw(probs.shape[1])).argmax(-1)
+    return token if ids is None else ids.gather(-1, token[:, None])[:, 0]
 
 
-def _finish(tokens, logps, is_end):
+def _finish(tokens, is_end, logps):
     """Rows (G, limit) of one prompt -> Rollout, trimmed to its longest completion. `is_end`: the first True counts."""
     ended = is_end.any(1)
     lengths = torch.where(ended, is_end.int().argmax(1) + 1, tokens.shape[1])
     longest = int(lengths.max())
     mask = torch.arange(longest, device=tokens.device) < lengths[:, None]
-    return Rollout(tokens[:, :longest], mask, ~ended, logps[:, :longest])
+    return Rollout(tokens[:, :longest], mask, ~ended, None if logps is None else logps[:, :longest])

@@ -60,7 +60,7 @@ def test_sampler_log_probs_equal_teacher_forced_ones():
         thinker.lm_head.weight *= 10  # far from uniform
     prompts = random_prompts(thinker, 2)
     for top_k in (0, 5):
-        rollouts = generate(thinker, prompts, 4, settings(thinker, temperature=0.9, top_k=top_k), generators(2))
+        rollouts = generate(thinker, prompts, 4, settings(thinker, temperature=0.9, top_k=top_k, logps=True), generators(2))
         logps, _ = group_logps(thinker, prompts, [r.completion_ids for r in rollouts], temperature=0.9)
         for rollout, expected in zip(rollouts, logps):
             assert rollout.completion_mask.sum() > 20
@@ -122,7 +122,7 @@ def test_media_placeholders_and_unknown_rows_are_never_sampled():
                  *range(len(tiny_tokenizer()), 420)}
     assert set(sampling.suppressed_ids.tolist()) == forbidden
     logits = torch.zeros(5000, 420)
-    tokens, _ = _sample(logits, sampling, sampling.suppressed_ids, noise(5000))
+    tokens = _sample(logits, sampling, sampling.suppressed_ids, noise(5000))
     assert forbidden.isdisjoint(tokens.tolist()) and len(set(tokens.tolist())) > 300
 
 
@@ -132,7 +132,7 @@ def test_sampling_follows_top_k_top_p_and_temperature():
     logits = probs.log().repeat(40000, 1)
 
     def shares(**kwargs):
-        tokens, _ = _sample(logits.clone(), settings(thinker, **kwargs), torch.tensor([], dtype=torch.long), noise(40000))
+        tokens = _sample(logits.clone(), settings(thinker, **kwargs), torch.tensor([], dtype=torch.long), noise(40000))
         return torch.bincount(tokens, minlength=4) / 40000
 
     torch.testing.assert_close(shares(), probs, atol=0.01, rtol=0)
@@ -152,7 +152,7 @@ def test_compiled_steps_give_the_same_tokens_and_compile_once_for_all_tokens(mon
     monkeypatch.setattr(rollouts, "_compiled", lambda: compiled)
     prompts = random_prompts(thinker, 2)
     for temperature in (0.0, 1.0):
-        sampling = settings(thinker, max_completion_length=24, temperature=temperature)
+        sampling = settings(thinker, max_completion_length=24, temperature=temperature, logps=True)
         plain = generate(thinker, prompts, 3, sampling, generators(2))
         with torch._dynamo.config.patch(error_on_recompile=True):
             same = generate(thinker, prompts, 3, dataclasses.replace(sampling, compile=True), generators(2))
