@@ -9,7 +9,7 @@ import math
 import os
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -19,16 +19,10 @@ from hov2 import guard
 from hov2.config import REWARDS, ConfigError
 
 # What the console line shows, in this order, of the metrics that a step has: (metric, heading, format).
-CONSOLE = [
-    ("loss", "loss", "8.4f"),
-    ("reward", "reward", "6.3f"),
-    *((f"rewards/{name}/mean", name, "5.2f") for name in REWARDS),
-    ("kl", "kl", "8.5f"),
-    ("completions/mean_length", "length", "6.1f"),
-    ("grad_norm", "grad", "7.3f"),
-    ("learning_rate", "lr", "8.2e"),
-    ("eval/accuracy", "eval", "6.3f"),
-]
+CONSOLE = [("loss", "loss", "8.4f"), ("reward", "reward", "6.3f"),
+           *((f"rewards/{name}/mean", name, "5.2f") for name in REWARDS), ("kl", "kl", "8.5f"),
+           ("completions/mean_length", "length", "6.1f"), ("grad_norm", "grad", "7.3f"), ("learning_rate", "lr", "8.2e"),
+           ("eval/accuracy", "eval", "6.3f")]
 
 
 class MetricsLog:
@@ -121,11 +115,9 @@ def traced(steps, config, rank):
     or Perfetto.
     """
     for step in steps:
-        if step not in config.profile_steps:
-            yield step
-            continue
         path = f"{config.output_dir}/trace-{step}-rank{rank}.json"
-        with torch.profiler.profile(on_trace_ready=lambda profiler, path=path: profiler.export_chrome_trace(path)):
+        profiler = torch.profiler.profile(on_trace_ready=lambda profiler, path=path: profiler.export_chrome_trace(path))
+        with profiler if step in config.profile_steps else nullcontext():
             yield step
 
 

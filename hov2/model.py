@@ -13,13 +13,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoConfig,
-    AutoTokenizer,
-    Qwen2_5OmniThinkerForConditionalGeneration,
-)
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoTokenizer
+from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -166,7 +161,7 @@ def design(name, dtype, towers=True):
     if config.model_type not in ("qwen2_5_omni", "qwen2_5_omni_thinker"):
         raise ModelError(f"{name}: a model of the type {config.model_type!r}; expected a Qwen2.5-Omni or its thinker")
     with torch.device("meta"):
-        thinker = Qwen2_5OmniThinkerForConditionalGeneration(getattr(config, "thinker_config", config)).eval()
+        thinker = Thinker(getattr(config, "thinker_config", config)).eval()
     thinker.tie_weights()
     thinker.model.language_model.set_attn_implementation(ATTENTION)  # the towers keep theirs
     if not towers:
