@@ -20,6 +20,7 @@ from contextlib import nullcontext
 
 import kit
 import torch
+from flops import Units, step_flops
 from thinker import random_completions, random_inputs, random_thinker, sampling_for, use_hov2_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -231,37 +232,18 @@ def tower_flops():
 # ---- Counting --------------------------------------------------------------------------------------------------------
 
 
-def unit_flops(job):
-    """FLOPs of the decoder's linear layers for a token, of its attention for a query and a key, of the head."""
+def flops_of(job, prompt, towers):
+    """FLOPs that each way's step takes, {way: FLOPs}: benchmarks/flops.py counts them."""
+    counts = step_flops(units_of(job, towers), prompt, job.completion_tokens, job.generations, job.iterations)
+    return {way: sum(phases.values()) for way, phases in counts.items()}
+
+
+def units_of(job, towers):
+    """The Units of the random thinker."""
     kv = max(1, job.hidden // 128) * 64
     layer = 2 * job.hidden * job.hidden + 2 * job.hidden * kv + 3 * job.hidden * 4 * job.hidden
-    return 2 * job.layers * layer, 4 * job.hidden * job.layers, 2 * job.hidden * job.vocab
-
-
-def flops(job, prompt, towers):
-    """FLOPs that each way's step takes: {way: FLOPs}. A multiply-add is 2; attention causal; backward 2 forwards.
-
-    Counted are matrix products: towers, the decoder's linear layers and attention, the head. Activation checkpointing
-    adds a forward of the layers to the backward pass, and hov2's log-probs one of the head.
-    """
-    p, t, g = prompt, job.completion_tokens, job.generations
-    token, pair, head = unit_flops(job)
-
-    def causal(n):
-        return n * (n + 1) // 2
-
-    one = token * (p + t) + pair * causal(p + t)  # [prompt | completion]
-    group = token * (p + g * t) + pair * (causal(p) + g * (t * p + causal(t)))  # the prompt shared
-    forwards = 1 + (job.iterations > 1) + job.iterations  # reference, old, policy
-    result = {}
-    for way, positions in (("released", p + t), ("batched", t)):
-        sampling = towers + token * (p + t - 1) + pair * causal(p + t - 1) + head * (p + t - 1)
-        scoring = forwards * (towers + one + head * positions)
-        result[way] = g * (sampling + scoring + job.iterations * (3 * one + 2 * head * positions))
-    sampling = token * (p + g * (t - 1)) + pair * (causal(p) + g * ((t - 1) * p + causal(t - 1))) + head * g * t
-    result["hov2"] = (towers + sampling + (1 + job.iterations) * (group + head * g * t)
-                      + job.iterations * (3 * group + 3 * head * g * t))
-    return result
+    return Units(token=2 * job.layers * layer, pair=4 * job.hidden * job.layers, head=2 * job.hidden * job.vocab,
+                 towers=towers)
 
 
 # ---- The run ---------------------------------------------------------------------------------------------------------
@@ -275,7 +257,7 @@ def run(job):
         runs[way].append(workers.call(way, step, job, repetition))
         print(f"repetition {repetition + 1}, {way}: {sum(runs[way][-1]['cpu'].values()):.1f} CPU s", flush=True)
     prompt = job.video_tokens + job.audio_tokens + job.text_tokens + 4
-    counts = flops(job, prompt, workers.call("hov2", tower_flops))
+    counts = flops_of(job, prompt, workers.call("hov2", tower_flops))
     workers.close()
     ways = {}
     for way, of_way in runs.items():

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
+import flops
 import grpo_step
 import media
 import rollout
@@ -66,10 +67,25 @@ def test_counted_flops_are_those_of_a_forward_pass():
     counts = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
     whole = next(count for name, count in counts.items() if name.endswith("language_model"))
     length = len(way.inputs.prompt_ids) + 6
-    token, pair, head = grpo_step.unit_flops(job)
-    assert whole == 3 * (token * length + pair * length**2)  # this backend computes the masked half too
-    assert counts["Linear"] == 3 * 6 * head  # lm_head, called by itself
+    units = grpo_step.units_of(job, towers=0)
+    assert whole == 3 * (units.token * length + units.pair * length**2)  # this backend computes the masked half too
+    assert counts["Linear"] == 3 * 6 * units.head  # lm_head, called by itself
 
+
+def test_flops_of_a_step_by_hand():
+    units = flops.Units(token=10, pair=1, head=100, towers=1000)
+    found = flops.step_flops(units, prompt=3, tokens=2, generations=2, iterations=1)
+    # prefill 3 tokens, 6 pairs; a row of 5 tokens, 15 pairs; the group 7 tokens, 6 + 2 * (2 * 3 + 3) pairs; 4 positions
+    assert found["hov2"] == {"towers": 1000, "prefill": 36, "decode": 2 * (10 + 3 + 1) + 4 * 100,
+                             "reference": 94 + 400, "old": 0, "forward": 494, "backward": 3 * 494}
+    assert found["batched"]["forward"] == 2 * (65 + 200) and found["released"]["forward"] == 2 * (65 + 500)
+    assert found["released"]["towers"] == 2 * 3 * 1000 and found["released"]["backward"] == 2 * (3 * 65 + 2 * 500)
+
+
+def test_flops_prints_the_7bs_table(capsys):
+    flops.main([])
+    out = capsys.readouterr().out
+    assert out.startswith("P=3523, T=600, G=8") and "| total" in out
 
 def test_grpo_step_prints_its_table(capsys, tmp_path):
     file = tmp_path / "out.json"
