@@ -68,7 +68,8 @@ def step_flops(units, prompt, tokens, generations, iterations):
 
 def linear_weights(module):
     """Numbers of weights that take part in matrix products."""
-    return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv3d)))
+    kinds = nn.Linear, nn.Conv1d, nn.Conv3d
+    return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, kinds))
 
 
 def units_of(config, video_tokens, audio_tokens):

@@ -17,6 +17,7 @@ import grpo_step
 import media
 import rollout
 import scaling
+import variants
 from thinker import random_completions, sampling_for
 
 TINY = ["--video-tokens", "128", "--audio-tokens", "10", "--text-tokens", "12", "--completion-tokens", "6",
@@ -122,3 +123,14 @@ def test_exponent_of_known_powers():
     assert scaling.exponent(sizes, [s**2 / 7 for s in sizes]) == pytest.approx(2)
     assert scaling.exponent(sizes, [5, 5, 5, 5]) == pytest.approx(0)
     assert math.isnan(scaling.exponent(sizes, [1, 2, 3, 0]))
+
+
+def test_variants_of_an_update_have_the_same_gradient(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(variants, "VARIANTS", {name: variants.VARIANTS[name] for name in
+                                               ("default", "completions_per_forward 2", "logprob_chunk 32")})
+    file = tmp_path / "out.json"
+    variants.main(["--vocab", "320", "--video-tokens", "64", "--completion-tokens", "6", "--repeats", "1",
+                   "--json", str(file)])
+    assert "| one update " in capsys.readouterr().out
+    first, *others = json.loads(file.read_text())["results"]["320"].values()
+    assert first["norm"] > 0 and all(abs(other["norm"] / first["norm"] - 1) < 1e-4 for other in others)
