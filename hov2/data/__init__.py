@@ -2,7 +2,7 @@
 
 `read_samples` reads strictly: a record that can't be used is one DataError that names file, record and field.
 `python -m hov2.data CONFIG` (hov2.check) reads everything that a config names, and says what is wrong with it.
-`make_inputs` turns a sample into token ids, patches and mel frames on the CPU. `PromptOrder` says which samples belong
+`InputMaker` turns a sample into token ids, patches and mel frames on the CPU. `PromptOrder` says which samples belong
 to which step, for any number of ranks, and `StepLoader` loads a rank's share of them.
 """
 
@@ -53,7 +53,7 @@ class Sample:
     paths: dict = field(default_factory=dict)
     source: str = ""  # the data file
     extra: dict = field(default_factory=dict)  # the record's other fields, for grouping in evaluation
-    has_sound: bool = False  # the video has a sound track; known once the file has been read (make_inputs)
+    has_sound: bool = False  # the video has a sound track; known once the file has been read (InputMaker)
 
     @property
     def media_kinds(self):
@@ -117,7 +117,7 @@ def read_source(source):
             with rank_zero_first():  # the first to read it writes out its media
                 records = list(read_parquet(file, root))
         else:
-            records = _records(file)
+            records = read_records(file)
         found += [_tried(_read, record, source.format, number, file, root) for number, record in records]
     return found
 
@@ -140,10 +140,10 @@ def take_slice(items, text, seed=0):
     return list(items[:count] if where == "first" else items[len(items) - count:])
 
 
-def _records(path):
+def read_records(path):
     """(record number from 1, record) of a JSON list or of JSON lines; the number of a line is that of the file.
 
-    For a line that is no JSON the record is a DataError.
+    For a line that is no JSON the record is a DataError. Raises DataError for a file that can't be read as such.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -170,28 +170,35 @@ def _parsed(text, where):
 
 
 def _read(record, name, number, path, root):
-    """One record of the format `name` -> Sample (method.md, "Samples"). Raises DataError, also one that `record` is."""
+    """One record of the format `name` -> Sample. Raises DataError, also for a solution that has no usable answer."""
+    where = f"{path}: record {number}"
+    sample = to_sample(convert(name, record, root, where), number, path, root)
+    try:
+        check_reference(sample.solution, sample.problem_type)
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from None
+    return sample
+
+
+def to_sample(record, number, path, root):
+    """A record in hov2's own form -> Sample (method.md, "Samples"), its media paths starting from `root`.
+
+    Raises DataError, which begins with the data file's `path` and the record's `number`, also one that `record` is.
+    """
     if isinstance(record, DataError):
         raise record
     where = f"{path}: record {number}"
-    record = convert(name, record, root, where)
     if not isinstance(record, dict):
         raise DataError(f"{where}: expected an object, got {type(record).__name__}")
     problem, options, solution, problem_type = read_texts(record, where)
     if problem_type in CHOICE_TYPES and not options:
         raise DataError(f"{where}: options: {problem_type!r} needs them")
-    try:
-        check_reference(solution, problem_type)
-    except ValueError as error:
-        raise DataError(f"{where}: {error}") from None
     own_id = record.get("id")
-    if own_id is not None and not isinstance(own_id, (str, int)):
-        raise DataError(f"{where}: id: expected text or a whole number, got {own_id!r}")
     data_type, paths = _paths(record, where)
     return Sample(
         id=f"{Path(path).name}:{number}" if own_id is None else str(own_id), problem=problem,
         problem_type=problem_type, options=options, solution=solution, data_type=data_type, source=str(path),
-        paths={kind: os.path.abspath(root / file) for kind, file in paths.items()},
+        paths={kind: os.path.abspath(Path(root, file)) for kind, file in paths.items()},
         extra={key: value for key, value in record.items() if key not in RECORD_FIELDS},
     )
 
@@ -228,16 +235,12 @@ def _paths(record, where):
     """(data type, {kind: file}) of a record."""
     path = record.get("path")
     data_type = record.get("data_type", "image_audio" if isinstance(path, dict) else None)
-    if data_type is None:
-        raise DataError(f"{where}: missing field 'data_type'")
     if data_type not in DATA_TYPES:
         raise DataError(f"{where}: data_type: unknown {data_type!r}; known: {', '.join(DATA_TYPES)}")
     if data_type == "text":
         if path is not None:
             raise DataError(f"{where}: path: a text sample has none, got {path!r}")
         return data_type, {}
-    if path is None:
-        raise DataError(f"{where}: missing field 'path'")
     if isinstance(path, dict) and data_type != "video" or data_type == "image_audio":
         if not isinstance(path, dict) or set(path) != {"image", "audio"}:
             raise DataError(f"{where}: path: expected an object with image and audio, got {path!r}")
@@ -282,34 +285,6 @@ class Inputs:
     mel: torch.Tensor | None = None  # (128, mel frames) float32
 
 
-def make_inputs(sample, tokenizer, prompts, media_config, *, max_prompt_length=None, on_long_prompt="error",
-                known=None, cache=None):
-    """Reads the sample's media and writes its prompt: Sample -> Inputs.
-
-    `known` maps a media key to the MediaShape of a clip whose encoding the model keeps: such a clip isn't read again.
-    One that `cache` (a MediaCache) has isn't decoded again.
-    A prompt of more than `max_prompt_length` tokens is, by `on_long_prompt`, a DataError ("error"), a SkipSample
-    ("skip"), or tried again with half the frames until it fits and skipped if it never does ("fewer_frames"). Raises
-    MediaError for a file that can't be used.
-    """
-    while True:
-        key = media_key(sample, media_config)
-        if known is not None and key in known:
-            shape, pixel_values, mel = known[key], None, None
-        else:
-            shape, pixel_values, mel = load_media(sample.paths, media_config, cache)
-        ids = _prompt_ids(sample, tokenizer, prompts, shape)
-        if max_prompt_length is None or len(ids) <= max_prompt_length:
-            return Inputs(torch.tensor(ids), shape, key, pixel_values, mel)
-        message = f"sample {sample.id}: the prompt has {len(ids)} tokens, max_prompt_length is {max_prompt_length}"
-        if on_long_prompt == "error":
-            raise DataError(f'{message} (on_long_prompt: "skip" or "fewer_frames" would go on)')
-        frames = 2 * int(shape.grid_thw[0, 0]) if shape.visual_kind == "video" else 0
-        if on_long_prompt == "skip" or frames <= 2 or media_config.max_frames <= 2:
-            raise SkipSample(message)
-        media_config = replace(media_config, max_frames=max(2, min(frames, media_config.max_frames) // 4 * 2))
-
-
 def media_key(sample, media_config):
     """What a clip's encoding depends on: its files and how they are read; () for text alone."""
     return (tuple(sample.paths.items()), *astuple(media_config)) if sample.paths else ()
@@ -317,19 +292,42 @@ def media_key(sample, media_config):
 
 @dataclass
 class InputMaker:
-    """make_inputs with a run's settings: `maker(sample) -> Inputs`. Sent to another process, it knows no clips."""
+    """Reads a sample's media and writes its prompt, with a run's settings: `maker(sample) -> Inputs`.
+
+    `known` maps a media key to the MediaShape of a clip whose encoding the model keeps: such a clip isn't read again.
+    One that `cache` has isn't decoded again. Sent to another process, the maker knows no clips.
+    """
 
     tokenizer: object
     prompts: object
     media_config: object
-    max_prompt_length: int | None
-    on_long_prompt: str
-    known: dict  # of model.Encoder
+    max_prompt_length: int | None = None
+    on_long_prompt: str = "error"
+    known: dict = field(default_factory=dict)  # of model.Encoder
     cache: MediaCache | None = None
 
     def __call__(self, sample):
-        return make_inputs(sample, self.tokenizer, self.prompts, self.media_config, known=self.known, cache=self.cache,
-                           max_prompt_length=self.max_prompt_length, on_long_prompt=self.on_long_prompt)
+        """A prompt of more than `max_prompt_length` tokens is, by `on_long_prompt`, a DataError ("error"), a SkipSample
+        ("skip"), or tried again with half the frames until it fits and skipped if it never does ("fewer_frames").
+
+        Raises MediaError for a file that can't be used.
+        """
+        settings = self.media_config
+        while True:
+            key = media_key(sample, settings)
+            shape, pixel_values, mel = ((self.known[key], None, None) if key in self.known else
+                                        load_media(sample.paths, settings, self.cache))
+            ids = _prompt_ids(sample, self.tokenizer, self.prompts, shape)
+            if self.max_prompt_length is None or len(ids) <= self.max_prompt_length:
+                return Inputs(torch.tensor(ids), shape, key, pixel_values, mel)
+            message = (f"sample {sample.id}: the prompt has {len(ids)} tokens, "
+                       f"max_prompt_length is {self.max_prompt_length}")
+            if self.on_long_prompt == "error":
+                raise DataError(f'{message} (on_long_prompt: "skip" or "fewer_frames" would go on)')
+            frames = 2 * int(shape.grid_thw[0, 0]) if shape.visual_kind == "video" else 0
+            if self.on_long_prompt == "skip" or frames <= 2 or settings.max_frames <= 2:
+                raise SkipSample(message)
+            settings = replace(settings, max_frames=max(2, min(frames, settings.max_frames) // 4 * 2))
 
     def __getstate__(self):
         return vars(self) | {"known": {}}
@@ -350,7 +348,7 @@ def load_media(paths, settings, cache=None):
         read = cache.read if cache else read_media
         media = read(path, fps=settings.fps, max_frames=settings.max_frames, min_pixels=settings.min_pixels,
                      max_pixels=settings.max_pixels)
-        found = "audio" if media.frames is None else "image" if media.sample_fps is None else "video"
+        found = kind_of(media)
         if kind != found and not (kind == "audio" and media.audio is not None):
             raise MediaError(path, f"expected {kind}, found {found}")
         if kind != "audio":
@@ -367,6 +365,11 @@ def load_media(paths, settings, cache=None):
         shape["mel_frames"], mel = 0, None
     interleaved = settings.interleave_audio and "video" in paths and mel is not None
     return MediaShape(**shape, interleaved=interleaved), pixel_values, mel
+
+
+def kind_of(media):
+    """"video", "image" or "audio": what a Media is, by itself."""
+    return "audio" if media.frames is None else "image" if media.sample_fps is None else "video"
 
 
 def _prompt_ids(sample, tokenizer, prompts, shape):
@@ -461,14 +464,13 @@ class PromptOrder:
 class StepLoader:
     """Loads this rank's share of each step, and replaces what can't be loaded, in the same way on every rank.
 
-    `make(sample) -> Inputs` is make_inputs with its settings. The slots of a step are dealt to the ranks in order, as
+    `make(sample) -> Inputs` is an InputMaker. The slots of a step are dealt to the ranks in order, as
     whole runs. A slot whose sample raises MediaError or SkipSample takes the next sample of the order's spare list, in
     slot order over all ranks, until every slot is filled; `replaced` names each case. `gather(value)` returns every
     rank's value, in rank order. The run stops with a DataError when more than `max_bad_samples` (a share) of the
     samples drawn were bad; as long as fewer have been drawn than there are samples, the share is of the latter.
 
-    With `workers`, so many processes read the next step's clips while this one is trained on (`make` is then an
-    InputMaker); else threads read them when they are needed. What is loaded is the same.
+    With `workers`, so many processes read the next step's clips while this one is trained on; else threads read them when they are needed. What is loaded is the same.
     """
 
     def __init__(self, samples, make, order, rank=0, world_size=1, gather=gather_objects, max_bad_samples=0.01,
