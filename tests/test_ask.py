@@ -172,7 +172,7 @@ def test_a_bad_record_is_named(record, message, tmp_path):
     ("empty", "clip.mp4", [], "empty: the folder has no model or tokenizer"),
     ("model", "clip.mp4", ["--audio", "sound.wav"], "clip.mp4: expected image, found video"),
     ("model", "clip.mp4", ["--system", "<|im_end|>"], "holds the control token <|im_end|>"),
-    ("model", "clip.mp4", ["--prompts", "none.json"], "none.json: no such prompts file"),
+    ("model", "clip.mp4", ["--prompts", "none.json"], "none.json: can't be read as JSON"),
     ("model", None, ["--batch", "none.jsonl"], "none.jsonl: no such data file"),
 ])
 def test_mistakes_are_one_line(lab, model, clip, arguments, message, capsys, monkeypatch):

@@ -464,13 +464,14 @@ class PromptOrder:
 class StepLoader:
     """Loads this rank's share of each step, and replaces what can't be loaded, in the same way on every rank.
 
-    `make(sample) -> Inputs` is an InputMaker. The slots of a step are dealt to the ranks in order, as
-    whole runs. A slot whose sample raises MediaError or SkipSample takes the next sample of the order's spare list, in
-    slot order over all ranks, until every slot is filled; `replaced` names each case. `gather(value)` returns every
-    rank's value, in rank order. The run stops with a DataError when more than `max_bad_samples` (a share) of the
-    samples drawn were bad; as long as fewer have been drawn than there are samples, the share is of the latter.
+    `make(sample) -> Inputs` is an InputMaker. The slots of a step are dealt to the ranks in order, as whole runs. A
+    slot whose sample raises MediaError or SkipSample takes the next sample of the order's spare list, in slot order
+    over all ranks, until every slot is filled; `replaced` names each case. `gather(value)` returns every rank's value,
+    in rank order. The run stops with a DataError when more than `max_bad_samples` (a share) of the samples drawn were
+    bad; as long as fewer have been drawn than there are samples, the share is of the latter.
 
-    With `workers`, so many processes read the next step's clips while this one is trained on; else threads read them when they are needed. What is loaded is the same.
+    With `workers`, so many processes read the next step's clips while this one is trained on; else threads read them
+    when they are needed. What is loaded is the same.
     """
 
     def __init__(self, samples, make, order, rank=0, world_size=1, gather=gather_objects, max_bad_samples=0.01,
