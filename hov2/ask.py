@@ -1,7 +1,6 @@
 """Asks a model about a clip, a sound or an image and shows what it writes while it writes it.
 
     python -m hov2.ask MODEL CLIP "What does she intend?" [--options "A. praise" "B. mockery"]
-    python -m hov2.ask MODEL IMAGE "Do the two fit together?" --audio SOUND
     python -m hov2.ask MODEL --batch questions.jsonl > answers.jsonl
     python -m hov2.ask runs/toy/stage3/model CLIP "What does she intend?" --prompts configs/toy/prompts.json
 
@@ -11,7 +10,6 @@ One process, one question at a time, greedy; `evaluate.py` is the way to many an
 import argparse
 import codecs
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -19,7 +17,7 @@ from pathlib import Path
 import torch
 
 from hov2.config import MediaConfig
-from hov2.data import DataError, InputMaker, kind_of, read_records, to_sample
+from hov2.data import InputMaker, kind_of, read_records, to_sample
 from hov2.distributed import compute_dtype
 from hov2.media import MediaError, read_media
 from hov2.model import Encoder, load_thinker, load_tokenizer
@@ -82,24 +80,9 @@ def read_questions(args):
     """The samples that the command line asks about. Raises DataError and MediaError."""
     if args.batch:
         return [to_question(record, number, args.batch) for number, record in read_records(args.batch)]
-    record = {"problem": args.question, "options": args.options, "path": os.path.abspath(args.clip)}
-    if args.audio:
-        record["path"] = {"image": record["path"], "audio": os.path.abspath(args.audio)}
-    else:
-        record["data_type"] = kind_of(read_media(args.clip, max_frames=2))
+    record = {"problem": args.question, "options": args.options, "path": args.clip,
+              "data_type": kind_of(read_media(args.clip, max_frames=2))}
     return [to_question(record, 1, "the question")]
-
-
-def answer_all(asker, samples):
-    """Prints one JSON line a sample; returns 1 if one could not be asked (its line has "error"), else 0."""
-    failed = 0
-    for sample in samples:
-        try:
-            answer = asker.ask(sample)
-        except (MediaError, DataError) as error:
-            failed, answer = 1, {"id": sample.id, "problem": sample.problem, "error": str(error)}
-        print(json.dumps(answer), flush=True)
-    return failed
 
 
 def main(argv=None):
@@ -109,7 +92,6 @@ def main(argv=None):
     parser.add_argument("clip", nargs="?", help="a video, a sound or an image")
     parser.add_argument("question", nargs="?")
     parser.add_argument("--options", nargs="+", help='what to choose from: "A. joke" "B. threat"')
-    parser.add_argument("--audio", help="the sound that goes with an image")
     parser.add_argument("--system", metavar="TEXT", help="in place of the system prompt")
     parser.add_argument("--prompts", metavar="FILE", help="the words that the model was trained with")
     parser.add_argument("--batch", metavar="QUESTIONS.jsonl", help="many questions; JSON lines of answers to stdout")
@@ -121,8 +103,10 @@ def main(argv=None):
         samples = read_questions(args)
         asker = Asker(args.model, args.prompts, args.system, args.max_new_tokens)
         if args.batch:
-            return answer_all(asker, samples)
-        answer = asker.ask(samples[0], lambda piece: print(piece, end="", flush=True))
+            for sample in samples:
+                print(json.dumps(asker.ask(sample)), flush=True)
+            return 0
+        answer = asker.ask(*samples, lambda piece: print(piece, end="", flush=True))
     except (*USER_ERRORS, MediaError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

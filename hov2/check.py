@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from hov2.benchmarks import read_benchmark
 from hov2.checkpoint import sha256
-from hov2.config import BaseConfig, EvalConfig, MediaConfig, SFTConfig, read_config
+from hov2.config import BaseConfig, MediaConfig, SFTConfig, read_config
 from hov2.data import DataError, InputMaker, MediaShape, SkipSample, load_media, media_key, read_slice
 from hov2.media import MediaError
 from hov2.model import load_tokenizer
@@ -59,24 +59,19 @@ class Part:
 def read_parts(configs, media):
     """Yields a Part for each data file or benchmark of `configs` ({path: config}).
 
-    Where a config comes after the one that makes its model, it's measured with that one's tokenizer, and a data file
-    that one of them is to write may be missing. Raises ModelError and PromptsError.
+    Where a config comes after the one that makes its model, its prompts are measured with that one's tokenizer. Raises
+    ModelError and PromptsError.
     """
     bases = {}
-    outputs = {c.filter.output: path for path, c in configs.items() if isinstance(c, EvalConfig) and c.filter}
     for path, config in configs.items():
         prompts, make = load_prompts(config.prompts), None
         base = bases[Path(config.output_dir, "model")] = bases.get(Path(config.model), config.model)
         if media == "decode" and config.max_prompt_length:
-            make = InputMaker(load_tokenizer(base), prompts, config.media, config.max_prompt_length,
-                              config.on_long_prompt, {})
+            make = InputMaker(load_tokenizer(base), prompts, config.media, config.max_prompt_length, config.on_long_prompt)
         entries = [(path, source) for source in config.data]
         entries += [(f"{path} (held out)", source) for source in getattr(config, "eval_data", [])]
         entries += [(path, None)] if getattr(config, "benchmark", None) else []
         for group, source in entries:
-            if source and source.path in outputs and not Path(source.path).exists():
-                print(f"{path}: {source.path}: made by {outputs[source.path]}: not there yet")
-                continue
             name = f"{source.path} {source.slice}" if source else f"{config.benchmark} in {config.benchmark_root}"
             try:
                 samples, errors, _ = (read_slice(source, config.seed) if source else

@@ -61,7 +61,7 @@ def test_the_streamed_text_is_the_decoded_one(lab, kind, name, capsys):
     assert 1 < int(TIMING.fullmatch(line)[1]) <= 24
 
 
-def test_options_system_and_audio_reach_the_prompt(lab, capsys, monkeypatch):
+def test_options_and_words_reach_the_prompt(lab, capsys, monkeypatch):
     prompts, original = [], ask.InputMaker.__call__
     monkeypatch.setattr(ask.InputMaker, "__call__", lambda *args: prompts.append(original(*args)) or prompts[-1])
 
@@ -81,9 +81,6 @@ def test_options_system_and_audio_reach_the_prompt(lab, capsys, monkeypatch):
     assert "<|im_start|>system\nLook.<|im_end|>" in own and QUESTION + "\nOne word.<|im_end|>" in own
     assert "Be brief" in prompt(str(lab / "clip.mp4"), QUESTION, "--prompts", str(lab / "prompts.json"), "--system",
                                 "Be brief.")
-    both = prompt(str(lab / "image.png"), QUESTION, "--audio", str(lab / "sound.wav"))
-    assert "<|IMAGE|>" in both and "<|AUDIO|>" in both and "<|VIDEO|>" not in both
-    assert QUESTION in both and prompts[-1].mel is not None
 
 
 @pytest.fixture
@@ -136,19 +133,20 @@ def test_a_character_that_the_limit_cuts(scripted):
 def test_batch(lab, capsys):
     records = [{"problem": QUESTION, "data_type": "video", "path": "clip.mp4"},
                {"id": 7, "problem": QUESTION, "problem_type": "judge", "data_type": "audio", "path": "sound.wav"},
-               {"problem": QUESTION, "data_type": "video", "path": "bad.mp4"},
+               {"problem": QUESTION, "path": {"image": "image.png", "audio": "sound.wav"}},
                {"problem": "How many?", "problem_type": "numerical", "data_type": "text", "solution": "4"}]
     (lab / "questions.jsonl").write_text("\n\n".join(map(json.dumps, records)))
     code = ask.main([str(lab / "model"), "--batch", str(lab / "questions.jsonl"), "--max-new-tokens", "24"])
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert code == 1, "one could not be asked"
+    assert code == 0
     assert [a["id"] for a in answers] == ["questions.jsonl:1", "7", "questions.jsonl:5", "questions.jsonl:7"]
-    assert "bad.mp4: not a media file" in answers[2]["error"] and "completion" not in answers[2]
-    for i in (0, 1, 3):
+    for i in range(4):
         assert answers[i]["completion"] == decoded(lab, ask.to_question(records[i], 1, lab / "q"))
         assert answers[i]["tokens"] > 1 and answers[i]["first_token"] > 0 and answers[i]["rate"] > 0
-    (lab / "questions.jsonl").write_text(json.dumps(records[3]))
-    assert ask.main([str(lab / "model"), "--batch", str(lab / "questions.jsonl"), "--max-new-tokens", "1"]) == 0
+    (lab / "questions.jsonl").write_text(json.dumps(records[3]) + "\n" + json.dumps(records[0] | {"path": "bad.mp4"}))
+    assert ask.main([str(lab / "model"), "--batch", str(lab / "questions.jsonl"), "--max-new-tokens", "1"]) == 1
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["tokens"] == 1 and "bad.mp4: not a media file" in captured.err
 
 
 @pytest.mark.parametrize("record, message", [
@@ -170,7 +168,6 @@ def test_a_bad_record_is_named(record, message, tmp_path):
     ("model", "bad.mp4", [], "bad.mp4: not a media file that FFmpeg can read"),
     ("model", "missing.mp4", [], "missing.mp4: no such file"),
     ("empty", "clip.mp4", [], "empty: the folder has no model or tokenizer"),
-    ("model", "clip.mp4", ["--audio", "sound.wav"], "clip.mp4: expected image, found video"),
     ("model", "clip.mp4", ["--system", "<|im_end|>"], "holds the control token <|im_end|>"),
     ("model", "clip.mp4", ["--prompts", "none.json"], "none.json: can't be read as JSON"),
     ("model", None, ["--batch", "none.jsonl"], "none.jsonl: no such data file"),

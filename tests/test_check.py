@@ -130,19 +130,6 @@ def test_the_tokenizer_of_a_model_to_be_made(tmp_path, clips, capsys):
     assert run(capsys, first, second)[2]["two_data.json"] == row(1, too_long=1)
 
 
-def test_data_that_another_config_will_make(tmp_path, clips, capsys):
-    kept = str(tmp_path / "kept.jsonl")
-    sieve = config(tmp_path, "sieve", [record(clips / "sound.mp4")], samples_per_step=None, num_samples=2,
-                   temperature=1.0, filter={"output": kept})
-    train = config(tmp_path, "train", [], data=[{"path": kept}])
-    code, text, rows = run(capsys, sieve, train)
-    assert code == 0 and f"{train}: {kept}: made by {sieve}: not there yet" in text and list(rows) == ["sieve_data.json"]
-    code, text, _ = run(capsys, train)
-    assert code == 1 and "kept.jsonl: no such data file" in text  # nobody makes it
-    Path(kept).write_text(json.dumps(record(clips / "silent.mp4")))
-    assert run(capsys, sieve, train)[2]["kept.jsonl"] == row(1)
-
-
 def test_bad_records_inside_and_outside_the_slice(tmp_path, clips, capsys):
     records = [record(clips / "sound.mp4"), record(clips / "sound.mp4", problem=3)]
     path = config(tmp_path, "sft", records)

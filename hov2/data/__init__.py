@@ -295,7 +295,7 @@ class InputMaker:
     """Reads a sample's media and writes its prompt, with a run's settings: `maker(sample) -> Inputs`.
 
     `known` maps a media key to the MediaShape of a clip whose encoding the model keeps: such a clip isn't read again.
-    One that `cache` has isn't decoded again. Sent to another process, the maker knows no clips.
+    One that `cache` has isn't decoded again.
     """
 
     tokenizer: object
@@ -328,13 +328,6 @@ class InputMaker:
             if self.on_long_prompt == "skip" or frames <= 2 or settings.max_frames <= 2:
                 raise SkipSample(message)
             settings = replace(settings, max_frames=max(2, min(frames, settings.max_frames) // 4 * 2))
-
-    def __getstate__(self):
-        return vars(self) | {"known": {}}
-
-    def knows(self, sample):
-        """Whether the sample's clip need not be read again."""
-        return media_key(sample, self.media_config) in self.known
 
 
 def load_media(paths, settings, cache=None):
@@ -495,18 +488,15 @@ class StepLoader:
         self.drawn += len(indices)
         todo = list(self.slots)
         while True:
-            failures = []
-            futures = [self.ahead.pop(indices[slot], None) or self._begin(indices[slot]) for slot in todo]
-            for slot, result in zip(todo, [future.result() for future in futures]):
-                if isinstance(result, Exception):
-                    failures.append((slot, indices[slot], str(result), isinstance(result, DataError)))
-                else:
-                    loaded[slot] = (indices[slot], self.samples[indices[slot]], result)
+            futures = {slot: self.ahead.pop(indices[slot], None) or self._begin(indices[slot]) for slot in todo}
+            loaded |= {slot: future.result() for slot, future in futures.items()}
+            failures = [(slot, indices[slot], str(loaded[slot]), isinstance(loaded[slot], DataError))
+                        for slot in todo if isinstance(loaded[slot], Exception)]
             failures = sorted(failure for of_rank in self.gather(failures) for failure in of_rank)
             if not failures:
                 following = self.order.step(step + 1)
                 self.ahead = {following[slot]: self._begin(following[slot]) for slot in self.slots if self.readers}
-                return [loaded[slot] for slot in self.slots]
+                return [(indices[slot], self.samples[indices[slot]], loaded[slot]) for slot in self.slots]
             for slot, index, reason, fatal in failures:
                 if fatal:
                     raise DataError(reason)
@@ -534,7 +524,7 @@ class StepLoader:
     def _begin(self, index):
         """A future of the sample's Inputs, or of the exception that says why there are none."""
         sample = self.samples[index]
-        if self.readers and not self.make.knows(sample):
+        if self.readers and media_key(sample, self.make.media_config) not in self.make.known:
             return self.readers.submit(_read_here, sample)
         return self.threads.submit(_tried, self.make, sample)
 
