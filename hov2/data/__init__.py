@@ -312,16 +312,15 @@ class InputMaker:
 
         Raises MediaError for a file that can't be used.
         """
-        settings = self.media_config
+        settings, limit = self.media_config, self.max_prompt_length
         while True:
             key = media_key(sample, settings)
             shape, pixel_values, mel = ((self.known[key], None, None) if key in self.known else
                                         load_media(sample.paths, settings, self.cache))
             ids = _prompt_ids(sample, self.tokenizer, self.prompts, shape)
-            if self.max_prompt_length is None or len(ids) <= self.max_prompt_length:
+            if limit is None or len(ids) <= limit:
                 return Inputs(torch.tensor(ids), shape, key, pixel_values, mel)
-            message = (f"sample {sample.id}: the prompt has {len(ids)} tokens, "
-                       f"max_prompt_length is {self.max_prompt_length}")
+            message = f"sample {sample.id}: the prompt has {len(ids)} tokens, max_prompt_length is {limit}"
             if self.on_long_prompt == "error":
                 raise DataError(f'{message} (on_long_prompt: "skip" or "fewer_frames" would go on)')
             frames = 2 * int(shape.grid_thw[0, 0]) if shape.visual_kind == "video" else 0
@@ -390,20 +389,12 @@ def interleave(shape, video_id, audio_id):
     """
     grids, height, width = shape.grid_thw[0].tolist()
     times = torch.arange(grids) * torch.tensor(shape.second_per_grid) * POSITIONS_PER_SECOND
-    video = _chunk_sizes(times.long().repeat_interleave(height * width // 4).tolist())
-    audio = _chunk_sizes(range(shape.audio_tokens))
-    ids = []
-    for i in range(max(len(video), len(audio))):
-        ids += [video_id] * (video[i] if i < len(video) else 0) + [audio_id] * (audio[i] if i < len(audio) else 0)
-    return ids
-
-
-def _chunk_sizes(times):
-    starts, limit = [0], int(POSITIONS_PER_SECOND * SECONDS_PER_CHUNK)
-    for i, t in enumerate(times):
-        if t >= len(starts) * limit:
-            starts.append(i)
-    return [b - a for a, b in zip(starts, [*starts[1:], len(times)])]
+    limit, chunk = int(POSITIONS_PER_SECOND * SECONDS_PER_CHUNK), 0
+    tokens = [(i // limit, True) for i in range(shape.audio_tokens)]  # (chunk, whether it's sound)
+    for at in times.long().repeat_interleave(height * width // 4).tolist():
+        chunk += at >= (chunk + 1) * limit
+        tokens.append((chunk, False))
+    return [audio_id if sound else video_id for _, sound in sorted(tokens)]
 
 
 def encode_solution(sample, tokenizer):
@@ -473,10 +464,9 @@ class StepLoader:
             raise DataError(f"{order.prompts_per_step} samples a step can't be shared evenly by {world_size} processes")
         self.samples, self.make, self.order, self.gather = samples, make, order, gather
         self.max_bad_samples = max_bad_samples
-        self.threads, self.readers = ThreadPoolExecutor(THREADS), None
-        if workers:
-            spawn = multiprocessing.get_context("spawn")
-            self.readers = ProcessPoolExecutor(workers, spawn, _begin_reading, (make,))
+        spawn = multiprocessing.get_context("spawn")
+        self.readers = ProcessPoolExecutor(workers, spawn, _begin_reading, (make,)) if workers else None
+        self.threads = ThreadPoolExecutor(THREADS)
         self.ahead = {}  # sample index -> future, of the next step
         share = order.prompts_per_step // world_size
         self.slots = range(rank * share, (rank + 1) * share)
