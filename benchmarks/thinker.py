@@ -54,7 +54,7 @@ def special_ids(vocab):
 
 
 def random_inputs(vocab, video_tokens=1024, audio_tokens=375, text_tokens=160, seed=0):
-    """A prompt with a random clip, as `data.make_inputs` gives it; its markers add 4 tokens.
+    """A prompt with a random clip, as a `data.InputMaker` gives it; its markers add 4 tokens.
 
     The video has 64 tokens for each pair of frames (`video_tokens` a multiple of 64; fewer than 64 are one pair in a
     single row), the sound 25 tokens a second.

@@ -10,14 +10,12 @@ Prompts are measured with the model's tokenizer; max_prompt_length=null does wit
 
 import argparse
 import functools
-import hashlib
 import itertools
 import json
 import multiprocessing
 import os
 import sys
-import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,17 +26,19 @@ from av.stream import Disposition
 from tqdm import tqdm
 
 from hov2.benchmarks import read_benchmark
-from hov2.config import BaseConfig, EvalConfig, MediaConfig, SFTConfig, read_config
+from hov2.checkpoint import sha256
+from hov2.config import BaseConfig, MediaConfig, SFTConfig, read_config
 from hov2.data import DataError, InputMaker, MediaShape, SkipSample, load_media, media_key, read_slice
 from hov2.media import MediaError
 from hov2.model import load_tokenizer
 from hov2.prompts import load_prompts
+from hov2.results import table
 from hov2.rewards import format_reward
 from hov2.setup import USER_ERRORS
 
 SKIPPED = ("bad record", "missing", "unreadable", "too long")  # what a run can't use
-COLUMNS = (*SKIPPED, "damaged", "no 3 blocks")  # damaged: used as far as it can be decoded
-UNSEEN = {"none": ("unreadable", "too long", "damaged"), "probe": ("too long", "damaged"), "decode": ()}  # by --media
+SEEN = {"none": SKIPPED[:2], "probe": SKIPPED[:3], "decode": SKIPPED}  # by --media
+BLOCKS = "no 3 blocks"
 SHOWN = 10  # problems and shared clips printed
 
 
@@ -50,84 +50,72 @@ class Part:
     name: str
     config: BaseConfig
     make: InputMaker | None  # None: prompts aren't, or needn't be, measured
-    trained: bool  # on these solutions
+    learned: bool  # its solutions are what SFT learns, blocks and all
     samples: list
-    problems: list  # (one of COLUMNS, sample id or None, reason)
+    problems: list  # (one of SKIPPED or BLOCKS, sample id or None, reason)
     media: Counter = field(default_factory=Counter)
 
 
-# ---- Reading what the configs name ----
+def read_parts(configs, media):
+    """Yields a Part for each data file or benchmark of `configs` ({path: config}).
 
-
-def prompt_maker(config, prompts, configs):
-    """The InputMaker of a config, with `prompts`. Raises ModelError.
-
-    A model that isn't there yet, because another of `configs` is to make it, will have that one's tokenizer.
+    Where a config comes after the one that makes its model, its prompts are measured with that one's tokenizer. Raises
+    ModelError and PromptsError.
     """
-    name, made = config.model, {Path(other.output_dir, "model"): other.model for other in configs}
-    for _ in configs:
-        name = name if Path(name).exists() else made.get(Path(name), name)
-    return InputMaker(load_tokenizer(name), prompts, config.media, config.max_prompt_length, config.on_long_prompt, {})
-
-
-def parts_of(path, configs, media):
-    """A Part for each data file or benchmark of the config at `path`, but for files that another config will write."""
-    config, prompts = configs[path], load_prompts(configs[path].prompts)
-    measured = media == "decode" and config.max_prompt_length
-    make = prompt_maker(config, prompts, configs.values()) if measured else None
-    made = {c.filter.output: maker for maker, c in configs.items() if isinstance(c, EvalConfig) and c.filter}
-    entries = [(path, source) for source in config.data]
-    entries += [(f"{path} (held out)", source) for source in getattr(config, "eval_data", [])]
-    entries += [(path, None)] if getattr(config, "benchmark", None) else []
-    for group, source in entries:
-        if source and source.path in made and not Path(source.path).exists():
-            print(f"{path}: {source.path}: made by {made[source.path]}: not there yet")
-            continue
-        name = f"{source.path} {source.slice}" if source else f"{config.benchmark} in {config.benchmark_root}"
-        try:
-            samples, errors, _ = (read_slice(source, config.seed) if source else
-                                  (read_benchmark(config.benchmark, config.benchmark_root), [], None))
-        except DataError as error:
-            samples, errors = [], [error]
-        yield Part(group, name, config, make, group == path and not isinstance(config, EvalConfig), samples,
-                   [("bad record", None, str(error)) for error in errors])
+    bases = {}
+    for path, config in configs.items():
+        prompts, make = load_prompts(config.prompts), None
+        base = bases[Path(config.output_dir, "model")] = bases.get(Path(config.model), config.model)
+        if media == "decode" and config.max_prompt_length:
+            make = InputMaker(load_tokenizer(base), prompts, config.media, config.max_prompt_length, config.on_long_prompt)
+        entries = [(path, source) for source in config.data]
+        entries += [(f"{path} (held out)", source) for source in getattr(config, "eval_data", [])]
+        entries += [(path, None)] if getattr(config, "benchmark", None) else []
+        for group, source in entries:
+            name = f"{source.path} {source.slice}" if source else f"{config.benchmark} in {config.benchmark_root}"
+            try:
+                samples, errors, _ = (read_slice(source, config.seed) if source else
+                                      (read_benchmark(config.benchmark, config.benchmark_root), [], None))
+            except DataError as error:
+                samples, errors = [], [error]
+            yield Part(group, name, config, make, group == path and isinstance(config, SFTConfig), samples,
+                       [("bad record", None, str(error)) for error in errors])
 
 
 # ---- Looking at clips ----
 
 
-def run_all(function, tasks, workers, title):
+def run_all(function, tasks, workers):
     """[function(task) for each task], by `workers` processes (1: in this one), with a progress bar."""
-    bar = functools.partial(tqdm, desc=title, unit="clip", disable=None if tasks else True)
-    workers = min(workers, len(tasks))
-    if workers < 2:
+    bar = functools.partial(tqdm, desc="clips", unit="clip", total=len(tasks), disable=None if tasks else True)
+    if min(workers, len(tasks)) < 2:
         return [function(task) for task in bar(tasks)]
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        futures = [pool.submit(function, task) for task in tasks]
+    results = []
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         try:
-            return [future.result() for future in bar(futures)]
+            results.extend(bar(pool.map(function, tasks)))
         except BrokenExecutor:
-            lost = [str(task) for task, future in zip(tasks, futures) if future.exception()]
-            raise DataError(f"{title}: a process died, most likely on one of these: "
-                            + "; ".join(lost[:2 * workers])) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+            suspects = "; ".join(map(str, tasks[len(results):][:2 * workers]))
+            raise DataError(f"clips: a process died, most likely on one of these: {suspects}") from None
+    return results
 
 
 def look_at(key, media):
-    """((problem, reason) or None, MediaShape if decoded) of the clip of a media key, as make_inputs has it."""
+    """What the clip of a media key gives: ((problem, reason) or None, MediaShape or None, {path: SHA-256}).
+
+    Shape and sums are only known of what is decoded, and as an InputMaker would have it.
+    """
     paths, settings = dict(key[0]), MediaConfig(*key[1:])
     if absent := [path for path in paths.values() if not os.path.isfile(path)]:
-        return ("missing", f"{absent[0]}: no such file"), None
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            shape = load_media(paths, settings)[0] if media == "decode" else probe(paths) if media == "probe" else None
-        except MediaError as error:
-            return ("unreadable", str(error)), None
-    damage = [str(w.message) for w in caught if str(w.message).startswith(tuple(paths.values()))]
-    return ("damaged", damage[0]) if damage else None, shape
+        return ("missing", f"{absent[0]}: no such file"), None, {}
+    try:
+        if media == "decode":
+            return None, load_media(paths, settings)[0], {path: sha256(path) for path in paths.values()}
+        if media == "probe":
+            probe(paths)
+    except MediaError as error:
+        return ("unreadable", str(error)), None, {}
+    return None, None, {}
 
 
 def probe(paths):
@@ -143,15 +131,15 @@ def probe(paths):
 
 
 def look_at_all(parts, media, workers):
-    """Fills the parts' problems and media; a clip of several samples is looked at once."""
+    """Fills the parts' problems and media; returns {path: SHA-256}. A clip of several samples is looked at once."""
     keys = list(dict.fromkeys(media_key(s, part.config.media) for part in parts for s in part.samples if s.paths))
-    clips = dict(zip(keys, run_all(functools.partial(look_at, media=media), keys, workers, "clips")))
-    known = {key: shape for key, (_, shape) in clips.items() if shape}
+    clips = dict(zip(keys, run_all(functools.partial(look_at, media=media), keys, workers)))
+    known = {key: shape for key, (_, shape, _) in clips.items() if shape}
     for part in parts:
         if part.make:
             part.make.known = known
         for sample in part.samples:
-            problem, shape = clips.get(media_key(sample, part.config.media), (None, MediaShape()))
+            problem, shape, _ = clips.get(media_key(sample, part.config.media), (None, MediaShape(), {}))
             if shape and part.make:
                 try:
                     part.make(sample)
@@ -159,71 +147,56 @@ def look_at_all(parts, media, workers):
                     problem = "too long", str(error)
             if problem:
                 part.problems.append((problem[0], sample.id, problem[1]))
-            if part.trained and not format_reward(sample.solution):
-                part.problems.append(("no 3 blocks", sample.id, "the solution isn't context, think and answer"))
+            if part.learned and not format_reward(sample.solution):
+                part.problems.append((BLOCKS, sample.id, "the solution isn't context, think and answer"))
             sound = " with sound" if "video" in sample.paths and shape and shape.mel_frames else ""
             part.media[("+".join(sample.paths) or "text") + sound] += 1
-
-
-def digest(path):
-    """SHA-256 of a file's content."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def shared_clips(parts, media, workers):
-    """Yields (group, other group, {"name": names of files in both, "content": files of the group also in the other}).
-
-    Names are without folder and ending. Contents are compared by SHA-256, among files of the same size, and not at all
-    if no media are looked at.
-    """
-    groups = defaultdict(set)
-    for part in parts:
-        groups[part.group].update(path for sample in part.samples for path in sample.paths.values())
-    files = sorted(path for path in set().union(*groups.values()) if os.path.isfile(path)) if len(groups) > 1 else []
-    sizes = Counter(map(os.path.getsize, files))
-    alike = [path for path in files if sizes[os.path.getsize(path)] > 1 and media != "none"]
-    digests = dict(zip(alike, run_all(digest, alike, workers, "contents")))
-    for (one, paths), (other, others) in itertools.combinations(groups.items(), 2):
-        shared = {"name": sorted({Path(path).stem for path in paths} & {Path(path).stem for path in others})}
-        if media != "none":
-            theirs = {digests.get(path, path) for path in others}
-            shared["content"] = sorted(path for path in paths if digests.get(path, path) in theirs)
-        yield one, other, shared
+    return {path: digest for *_, sums in clips.values() for path, digest in sums.items()}
 
 
 # ---- The report ----
 
 
-def table(parts, media):
-    """What was found in the parts of one group, as text; "-" is not looked at."""
-    width = max(len(part.name) for part in parts)
-    lines = [f"  {'source':<{width}}  {'samples':>8}" + "".join(f"  {name:>11}" for name in COLUMNS)]
+def print_parts(group, parts, media):
+    """Prints what was found in the parts of one group; "-" is not looked for."""
+    rows = [("source", "samples", *SKIPPED, BLOCKS)]
     for part in parts:
-        unseen = UNSEEN[media] if part.trained else (*UNSEEN[media], "no 3 blocks")
-        counts = Counter(kind for kind, *_ in part.problems)
-        cells = [f"  {'-' if name in unseen else counts[name]:>11}" for name in COLUMNS]
-        lines.append(f"  {part.name:<{width}}  {len(part.samples):>8}" + "".join(cells))
-        for counter in filter(None, (Counter(sample.problem_type for sample in part.samples), part.media)):
-            lines.append("    " + ", ".join(f"{count} {name}" for name, count in counter.most_common()))
-    return "\n".join(lines)
+        counts, seen = Counter(kind for kind, *_ in part.problems), {*SEEN[media], BLOCKS if part.learned else None}
+        rows.append((part.name, len(part.samples), *(counts[name] if name in seen else "-" for name in rows[0][2:])))
+    print(f"\n{group}\n{table(rows)}")
+    for part in parts:
+        kinds = Counter(sample.problem_type for sample in part.samples), part.media
+        print(f"{part.name}:", *(f"{count} {name}" for counter in kinds for name, count in counter.most_common()),
+              sep="\n    ")
+
+
+def print_shared_clips(parts, sums):
+    """Prints for each two groups which files of the one the other has too.
+
+    By name: without folder and ending; by content: with an equal sum in `sums` ({path: SHA-256}), if there are any.
+    """
+    groups = {}
+    for part in parts:
+        groups.setdefault(part.group, set()).update(path for s in part.samples for path in s.paths.values())
+    keys = {"name": lambda path: Path(path).stem} | ({"content": lambda path: sums.get(path, path)} if sums else {})
+    for (one, paths), (other, others) in itertools.combinations(groups.items(), 2):
+        print(f"\n{one} and {other} share clips")
+        for by, key in keys.items():
+            theirs = set(map(key, others))
+            clips = sorted(path for path in paths if key(path) in theirs)
+            print(f"  {len(clips)} by {by}: {', '.join(clips[:SHOWN])}{', ...' if len(clips) > SHOWN else ''}")
 
 
 def check(paths, overrides=(), media="decode", workers=1, bad=None):
     """Looks at everything that the configs at `paths` name, prints what it finds and writes the problems to the file
     `bad`; returns whether anything is skipped."""
-    configs = {path: read_config(path, overrides) for path in paths}
-    parts = [part for path in configs for part in parts_of(path, configs, media)]
-    look_at_all(parts, media, workers)
+    parts = list(read_parts({path: read_config(path, overrides) for path in paths}, media))
+    sums = look_at_all(parts, media, workers)
     for group, members in itertools.groupby(parts, lambda part: part.group):
-        print(f"\n{group}\n{table(list(members), media)}")
-    for one, other, shared in shared_clips(parts, media, workers):
-        print(f"\n{one} and {other} share clips")
-        for by, clips in shared.items():
-            print(f"  {len(clips)} by {by}: {', '.join(clips[:SHOWN])}{', ...' if len(clips) > SHOWN else ''}")
+        print_parts(group, list(members), media)
+    print_shared_clips(parts, sums)
     problems = [{"config": part.group, "source": part.name, "id": name, "problem": kind, "reason": reason}
-                for part in parts for kind, name, reason in part.problems
-                if kind != "no 3 blocks" or isinstance(part.config, SFTConfig)]  # GRPO can do without them
+                for part in parts for kind, name, reason in part.problems]
     if bad:
         Path(bad).write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in problems), "utf-8")
     print(f"\nproblems: {len(problems)}" + (f", all in {bad}" if bad else ""))

@@ -6,6 +6,7 @@ another has just removed decodes the clip.
 
 import contextlib
 import hashlib
+import io
 import os
 import uuid
 import warnings
@@ -14,13 +15,12 @@ from pathlib import Path
 
 import av
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 
 from hov2.media import Media, check_file, read_media
 
-SUFFIX = ".clip.safetensors"  # nothing else in the folder is touched
-VERSION = 1  # goes up when read_media makes something else of the same file
+SUFFIX = ".clip.pt"  # nothing else in the folder is touched
+VERSION = 2  # goes up when read_media makes something else of the same file, or the files are written in another way
+CHECK = 4  # bytes at the end of a file: the CRC-32 of those before
 
 
 class MediaCache:
@@ -34,48 +34,37 @@ class MediaCache:
         info = check_file(path)
         key = repr((os.path.abspath(path), info.st_size, info.st_mtime_ns, options, VERSION, av.__version__))
         file = self.folder / (hashlib.sha256(key.encode()).hexdigest() + SUFFIX)
-        media = self._load(file)
-        if media is None:
-            media = read_media(path, **options)
+        with contextlib.suppress(OSError):  # not kept, or just removed; a bad folder is named when it's written to
+            os.utime(file)
+            content = file.read_bytes()
+            if zlib.crc32(content[:-CHECK]).to_bytes(CHECK) == content[-CHECK:]:
+                return Media(**torch.load(io.BytesIO(content), weights_only=True))
+            warnings.warn(f"{file}: damaged; the clip is decoded and written anew", stacklevel=3)
+        media = read_media(path, **options)
+        try:
             self._save(file, media)
+        except OSError as error:
+            warnings.warn(f"media_cache: a clip isn't kept: {error}", stacklevel=3)
         return media
 
-    def _load(self, file):
-        """The Media in `file`, which is used now; None if there is none, or none that is whole."""
-        try:
-            os.utime(file)
-            tensors = load(file.read_bytes())
-            if tensors.pop("checksum").item() != zlib.crc32(save(tensors)):
-                raise ValueError("wrong checksum")
-            fps, audio_cut = tensors["numbers"].tolist()
-        except OSError:  # not kept, or just removed; what is wrong with the folder is said when it's written to
-            return None
-        except (SafetensorError, KeyError, ValueError) as error:
-            warnings.warn(f"{file}: {error}; the clip is decoded and written anew", stacklevel=4)
-            return None
-        return Media(tensors.get("frames"), fps or None, tensors.get("audio"), audio_cut)
-
     def _save(self, file, media):
-        numbers = torch.tensor([media.sample_fps or 0, media.audio_cut], dtype=torch.float64)
-        tensors = {"numbers": numbers, "frames": media.frames, "audio": media.audio}
-        tensors = {name: value for name, value in tensors.items() if value is not None}
+        buffer = io.BytesIO()
+        torch.save(vars(media), buffer)
+        content = buffer.getvalue()
         part = self.folder / (uuid.uuid4().hex + SUFFIX)  # room is made of it too, should this process be killed
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            part.write_bytes(save(tensors | {"checksum": torch.tensor(zlib.crc32(save(tensors)))}))
-            with contextlib.suppress(FileNotFoundError):  # others have just made room
-                part.replace(file)
-            self._make_room()
-        except OSError as error:
-            warnings.warn(f"media_cache: a clip isn't kept: {error}", stacklevel=4)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(content + zlib.crc32(content).to_bytes(CHECK))
+        with contextlib.suppress(FileNotFoundError):  # others have just made room
+            part.replace(file)
+        self._make_room()
 
     def _make_room(self):
         files = []
-        for file in self.folder.glob("*" + SUFFIX):
+        for kept in self.folder.glob("*" + SUFFIX):
             with contextlib.suppress(FileNotFoundError):  # other processes make room too
-                files.append((file.stat().st_mtime_ns, file.stat().st_size, file))
+                files.append((kept.stat().st_mtime_ns, kept.stat().st_size, kept))
         excess = sum(size for _, size, _ in files) - self.limit
-        for _, size, file in sorted(files):
+        for _, size, kept in sorted(files):
             if excess > 0:
-                file.unlink(missing_ok=True)
+                kept.unlink(missing_ok=True)
                 excess -= size

@@ -250,7 +250,7 @@ class Encoder:
     """Turns `data.Inputs` into a `Prompt`, running each tower once per clip.
 
     `cache_size` clips' tower outputs are kept (the first ones seen stay), exact because the towers are frozen;
-    `known[media_key]` tells `data.make_inputs` that a clip need not be decoded again.
+    `known[media_key]` tells `data.InputMaker` that a clip need not be decoded again.
     """
 
     def __init__(self, thinker, device, cache_size=0):

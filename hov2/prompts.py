@@ -6,23 +6,19 @@ The words are in prompts.json beside this file; SFT, GRPO and evaluation build t
 text may be given as a list of its lines.
 """
 
-import copy
-import difflib
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 
-def _joined(words):
-    """The words with each list of lines as one text."""
-    if isinstance(words, dict):
-        return {key: _joined(value) for key, value in words.items()}
-    lines = isinstance(words, list) and all(isinstance(line, str) for line in words)
-    return "\n".join(words) if lines else words
+def _read(path):
+    """What a prompts file says, each list of lines as one text."""
+    return json.loads(Path(path).read_text(encoding="utf-8"), object_hook=lambda words: {
+        key: "\n".join(map(str, value)) if isinstance(value, list) else value for key, value in words.items()})
 
 
-DEFAULTS = _joined(json.loads(Path(__file__).with_name("prompts.json").read_text(encoding="utf-8")))
+DEFAULTS = _read(Path(__file__).with_name("prompts.json"))
 CHOICE_TYPES = ("multiple choice", "emer_ov_mc")  # these need options
 _ITEMS = {
     "video": "<|vision_bos|><|VIDEO|><|vision_eos|>",
@@ -85,20 +81,14 @@ class Prompts:
 def load_prompts(path=None):
     """`DEFAULTS` with the replacements of the JSON file at `path`, if one is given.
 
-    Raises PromptsError for a missing file, broken JSON, an unknown key (naming the nearest known one), a value that is
-    not text, a text with a special token, or one without the placeholders, like {options}, of the text it replaces.
+    Raises PromptsError for a file that can't be read as JSON, an unknown key, a value that is not text, a text with a
+    special token, or one without the placeholders, like {options}, of the text it replaces.
     """
-    words = copy.deepcopy(DEFAULTS)
-    if path is None:
-        return Prompts(words)
     try:
-        replacements = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise PromptsError(f"{path}: no such prompts file") from None
-    except json.JSONDecodeError as error:
-        raise PromptsError(f"{path}: not valid JSON: {error}") from None
-    _replace(words, replacements, where=str(path))
-    return Prompts(words)
+        replacements = {} if path is None else _read(path)
+    except (OSError, ValueError) as error:  # JSON's and UTF-8's errors are ValueErrors
+        raise PromptsError(f"{path}: can't be read as JSON: {error}") from None
+    return Prompts(_replaced(DEFAULTS, replacements, str(path)))
 
 
 def fill(template, **fields):
@@ -106,23 +96,19 @@ def fill(template, **fields):
     return _PLACEHOLDER.sub(lambda match: str(fields.get(match[1], match[0])), template)
 
 
-def render(messages, add_generation_prompt=True, interleave_audio=False):
-    """The messages in Qwen2.5-Omni's ChatML, one placeholder token a medium.
+def render(messages, interleave_audio=False):
+    """The messages in Qwen2.5-Omni's ChatML, one placeholder token a medium, up to where the assistant's turn begins.
 
-    A system message without text is left out. If the last turn is the assistant's (SFT), the text ends with its
-    <|im_end|>, where generation would stop, and no generation prompt follows. `interleave_audio`: a video followed by
-    an audio item is one item, the video with its sound inside. Raises ValueError for a text that holds a control token,
-    which would end its turn or pass for a medium.
+    A system message without text is left out. `interleave_audio`: a video followed by an audio item is one item, the
+    video with its sound inside. Raises ValueError for a text that holds a control token, which would end its turn or
+    pass for a medium.
     """
-    turns = []
+    text = ""
     for message in messages:
         body = _body(message["content"], interleave_audio)
         if body or message["role"] != "system":
-            turns.append(f"<|im_start|>{message['role']}\n{body}<|im_end|>")
-    text = "\n".join(turns)
-    if messages[-1]["role"] == "assistant":
-        return text
-    return text + "\n<|im_start|>assistant\n" if add_generation_prompt else text + "\n"
+            text += f"<|im_start|>{message['role']}\n{body}<|im_end|>\n"
+    return text + "<|im_start|>assistant\n"
 
 
 def _body(content, interleave_audio):
@@ -139,23 +125,21 @@ def _body(content, interleave_audio):
     return "".join(parts)
 
 
-def _replace(words, replacements, where):
+def _replaced(words, replacements, where):
+    """A copy of `words` with the `replacements`."""
     if not isinstance(replacements, dict):
         raise PromptsError(f"{where}: expected an object, got {type(replacements).__name__}")
+    words = dict(words)
     for key, value in replacements.items():
         if key not in words:
-            near = difflib.get_close_matches(key, words, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(words)}"
-            raise PromptsError(f"{where}: unknown key {key!r}; {hint}")
+            raise PromptsError(f"{where}: unknown key {key!r}; known keys: {', '.join(words)}")
         if isinstance(words[key], dict):
-            _replace(words[key], value, f"{where}: {key}")
-            continue
-        value = _joined(value)
-        if not isinstance(value, str):
+            value = _replaced(words[key], value, f"{where}: {key}")
+        elif not isinstance(value, str):
             raise PromptsError(f"{where}: {key}: expected text, got {type(value).__name__}")
-        missing = set(_PLACEHOLDER.findall(words[key])) - set(_PLACEHOLDER.findall(value))
-        if missing:
+        elif missing := set(_PLACEHOLDER.findall(words[key])) - set(_PLACEHOLDER.findall(value)):
             raise PromptsError(f"{where}: {key}: the placeholder {{{min(missing)}}} is missing")
-        if special := SPECIAL_TOKEN.search(value):
+        elif special := SPECIAL_TOKEN.search(value):
             raise PromptsError(f"{where}: {key}: {special[0]} has the form of a special token")
         words[key] = value
+    return words

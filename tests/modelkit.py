@@ -17,7 +17,7 @@ def use_hov2_attention(thinker):
 
 
 def random_inputs(seed=0, text_length=5, frames=4, side=2, mel_frames=40, kind="video", interleaved=False, key=None):
-    """What data.make_inputs returns for a clip of `frames` frames (side x side merged tokens) and some sound."""
+    """What a data.InputMaker returns for a clip of `frames` frames (side x side merged tokens) and some sound."""
     g = torch.Generator().manual_seed(seed)
     token_id = tiny_tokenizer().convert_tokens_to_ids
     grid = torch.tensor([[frames // 2, 2 * side, 2 * side]])

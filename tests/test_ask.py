@@ -14,7 +14,7 @@ from helpers import synth_clip, tiny_thinker, tiny_tokenizer
 
 from hov2 import ask
 from hov2.config import MediaConfig
-from hov2.data import DataError, make_inputs
+from hov2.data import DataError, InputMaker
 from hov2.model import Encoder, load_thinker
 from hov2.prompts import load_prompts
 from hov2.rollout import Rollout, generate, sampling_for
@@ -22,8 +22,7 @@ from hov2.spans import completion_texts, completion_tokens
 
 ROOT = Path(__file__).parent.parent
 QUESTION = "What does she intend?"
-TIMING = re.compile(r"\[first token after \d+\.\d\d s, \d+\.\d\d s of them for reading the media; "
-                    r"(\d+) tokens(, cut off at the limit)?; \d+\.\d tokens/s\]")
+TIMING = re.compile(r"\[first token after \d+\.\d\d s; (\d+) tokens(, cut off at the limit)?; \d+\.\d tokens/s\]")
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +43,14 @@ def lab(tmp_path_factory):
 def decoded(lab, sample, prompts=None, limit=24):
     """What rollout.generate writes for the sample."""
     thinker = load_thinker(lab / "model", torch.float32).eval()
-    inputs = make_inputs(sample, tiny_tokenizer(), prompts or load_prompts(), MediaConfig())
+    inputs = InputMaker(tiny_tokenizer(), prompts or load_prompts(), MediaConfig())(sample)
     sampling = sampling_for(tiny_tokenizer(), thinker.config, max_completion_length=limit, temperature=0.0)
     rollout = generate(thinker, [Encoder(thinker, torch.device("cpu"))(inputs)], 1, sampling, [None])[0]
     return completion_texts(completion_tokens(tiny_tokenizer(), rollout))[0]
 
 
 def asked(lab, kind="video", name="clip.mp4", **fields):
-    return ask.to_sample({"problem": QUESTION, "data_type": kind, "path": name} | fields, "q", lab)
+    return ask.to_question({"problem": QUESTION, "data_type": kind, "path": name} | fields, 1, lab / "q")
 
 
 @pytest.mark.parametrize("kind, name", [("video", "clip.mp4"), ("audio", "sound.wav"), ("image", "image.png")])
@@ -62,9 +61,9 @@ def test_the_streamed_text_is_the_decoded_one(lab, kind, name, capsys):
     assert 1 < int(TIMING.fullmatch(line)[1]) <= 24
 
 
-def test_options_system_and_audio_reach_the_prompt(lab, capsys, monkeypatch):
-    prompts, original = [], ask.make_inputs
-    monkeypatch.setattr(ask, "make_inputs", lambda *args: prompts.append(original(*args)) or prompts[-1])
+def test_options_and_words_reach_the_prompt(lab, capsys, monkeypatch):
+    prompts, original = [], ask.InputMaker.__call__
+    monkeypatch.setattr(ask.InputMaker, "__call__", lambda *args: prompts.append(original(*args)) or prompts[-1])
 
     def prompt(*arguments):
         assert ask.main([str(lab / "model"), *arguments, "--max-new-tokens", "1"]) == 0
@@ -76,18 +75,12 @@ def test_options_system_and_audio_reach_the_prompt(lab, capsys, monkeypatch):
     choice = prompt(str(lab / "clip.mp4"), QUESTION, "--options", "A. praise", "B. mockery")
     assert "A. praise\nB. mockery" in choice and words["instructions"]["multiple choice"] in choice
     assert "<|im_start|>system\nBe brief.<|im_end|>" in prompt(str(lab / "clip.mp4"), QUESTION, "--system", "Be brief.")
-    (lab / "system.txt").write_text("Be kind 笑.", encoding="utf-8")
-    from_file = prompt(str(lab / "clip.mp4"), QUESTION, "--system", str(lab / "system.txt"))
-    assert "<|im_start|>system\nBe kind 笑.<|im_end|>" in from_file and "Be brief" not in from_file
     assert "system" not in prompt(str(lab / "clip.mp4"), QUESTION, "--system", "")
     (lab / "prompts.json").write_text(json.dumps({"system": "Look.", "instructions": {"free-form": "One word."}}))
     own = prompt(str(lab / "clip.mp4"), QUESTION, "--prompts", str(lab / "prompts.json"))
     assert "<|im_start|>system\nLook.<|im_end|>" in own and QUESTION + "\nOne word.<|im_end|>" in own
     assert "Be brief" in prompt(str(lab / "clip.mp4"), QUESTION, "--prompts", str(lab / "prompts.json"), "--system",
                                 "Be brief.")
-    both = prompt(str(lab / "image.png"), QUESTION, "--audio", str(lab / "sound.wav"))
-    assert "<|IMAGE|>" in both and "<|AUDIO|>" in both and "<|VIDEO|>" not in both
-    assert QUESTION in both and prompts[-1].mel is not None
 
 
 @pytest.fixture
@@ -105,13 +98,13 @@ def scripted(monkeypatch):
                             torch.tensor([not any(stopped)]), torch.zeros(1, len(ids)))]
 
         monkeypatch.setattr(ask, "generate", say)
-        monkeypatch.setattr(ask, "make_inputs", lambda *args: None)
         monkeypatch.setattr(ask, "Encoder", lambda *args: lambda inputs: None)
         asker = object.__new__(ask.Asker)
-        asker.tokenizer, asker.prompts, asker.thinker = tiny_tokenizer(), None, SimpleNamespace(device=None)
+        asker.tokenizer, asker.thinker = tiny_tokenizer(), SimpleNamespace(device=None)
+        asker.make = lambda sample: None
         asker.sampling = sampling_for(tiny_tokenizer(), tiny_thinker().config, max_completion_length=limit)
         pieces = []
-        return asker.ask(ask.to_sample({"problem": QUESTION}, "q"), pieces.append), pieces
+        return asker.ask(ask.to_question({"problem": QUESTION}, 1, "q"), pieces.append), pieces
 
     return run
 
@@ -140,59 +133,48 @@ def test_a_character_that_the_limit_cuts(scripted):
 def test_batch(lab, capsys):
     records = [{"problem": QUESTION, "data_type": "video", "path": "clip.mp4"},
                {"id": 7, "problem": QUESTION, "problem_type": "judge", "data_type": "audio", "path": "sound.wav"},
-               {"problem": QUESTION, "data_type": "video", "path": "bad.mp4"},
+               {"problem": QUESTION, "path": {"image": "image.png", "audio": "sound.wav"}},
                {"problem": "How many?", "problem_type": "numerical", "data_type": "text", "solution": "4"}]
     (lab / "questions.jsonl").write_text("\n\n".join(map(json.dumps, records)))
     code = ask.main([str(lab / "model"), "--batch", str(lab / "questions.jsonl"), "--max-new-tokens", "24"])
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert code == 1, "one could not be asked"
+    assert code == 0
     assert [a["id"] for a in answers] == ["questions.jsonl:1", "7", "questions.jsonl:5", "questions.jsonl:7"]
-    assert "bad.mp4: not a media file" in answers[2]["error"] and "completion" not in answers[2]
-    for i in (0, 1, 3):
-        assert answers[i]["completion"] == decoded(lab, ask.to_sample(records[i], "q", lab))
-        assert answers[i]["tokens"] > 1 and 0 <= answers[i]["read"] <= answers[i]["first_token"] and answers[i]["rate"]
-    (lab / "questions.jsonl").write_text(json.dumps(records[3]))
-    assert ask.main([str(lab / "model"), "--batch", str(lab / "questions.jsonl"), "--max-new-tokens", "1"]) == 0
+    for i in range(4):
+        assert answers[i]["completion"] == decoded(lab, ask.to_question(records[i], 1, lab / "q"))
+        assert answers[i]["tokens"] > 1 and answers[i]["first_token"] > 0 and answers[i]["rate"] > 0
+    (lab / "questions.jsonl").write_text(json.dumps(records[3]) + "\n" + json.dumps(records[0] | {"path": "bad.mp4"}))
+    assert ask.main([str(lab / "model"), "--batch", str(lab / "questions.jsonl"), "--max-new-tokens", "1"]) == 1
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["tokens"] == 1 and "bad.mp4: not a media file" in captured.err
 
 
-@pytest.mark.parametrize("record, field", [
-    ({"problem": " "}, "problem"), ({"problem": 5}, "problem"), ({}, "problem"),
-    ({"problem": "a", "problem_type": "riddle"}, "problem_type"),
-    ({"problem": "a", "problem_type": ["a"]}, "problem_type"),
-    ({"problem": "a", "problem_type": "multiple choice"}, "problem_type"),
-    ({"problem": "a", "options": "AB"}, "options"), ({"problem": "a", "options": [1]}, "options"),
-    ({"problem": "a", "path": "x.mp4"}, "data_type"), ({"problem": "a", "path": "x.mp4", "data_type": []}, "data_type"),
-    ({"problem": "a", "path": {"sound": "x.mp4"}}, "path"), ({"problem": "a", "path": 5, "data_type": "video"}, "path"),
+@pytest.mark.parametrize("record, message", [
+    ({"problem": " "}, "problem: expected text"), ({}, "missing field 'problem'"),
+    ({"problem": "a", "problem_type": "riddle"}, "problem_type: unknown 'riddle'"),
+    ({"problem": "a", "problem_type": "multiple choice"}, "options: 'multiple choice' needs them"),
+    ({"problem": "a", "options": "AB"}, "options: expected a list"),
+    ({"problem": "a", "path": "x.mp4"}, "path: a text sample has none"),
+    ({"problem": "a", "path": {"sound": "x.mp4"}}, "path: expected an object with image and audio"),
+    (5, "expected an object, got int"),
 ])
-def test_a_bad_record_is_named(record, field, tmp_path):
+def test_a_bad_record_is_named(record, message, tmp_path):
     (tmp_path / "q.jsonl").write_text('{"problem": "fine"}\n' + json.dumps(record))
-    with pytest.raises(DataError, match=f"q.jsonl:2: {field}: can't be used"):
-        ask.read_questions(tmp_path / "q.jsonl")
-
-
-@pytest.mark.parametrize("content", ["{", "5", b"\xff\xfe"])
-def test_a_file_without_questions(content, tmp_path):
-    (tmp_path / "q.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(DataError, match="q.jsonl: can't be read as lines of JSON objects"):
-        ask.read_questions(tmp_path / "q.jsonl")
+    with pytest.raises(DataError, match=f"q.jsonl: record 2: {message}"):
+        ask.read_questions(SimpleNamespace(batch=tmp_path / "q.jsonl"))
 
 
 @pytest.mark.parametrize("model, clip, arguments, message", [
     ("model", "bad.mp4", [], "bad.mp4: not a media file that FFmpeg can read"),
     ("model", "missing.mp4", [], "missing.mp4: no such file"),
     ("empty", "clip.mp4", [], "empty: the folder has no model or tokenizer"),
-    ("model", "clip.mp4", ["--audio", "sound.wav"], "clip.mp4: expected image, found video"),
     ("model", "clip.mp4", ["--system", "<|im_end|>"], "holds the control token <|im_end|>"),
-    ("model", "clip.mp4", ["--system", "none.txt"], "--system: none.txt can't be read as a text file: [Errno 2]"),
-    ("model", "clip.mp4", ["--system", "./none"], "--system: ./none can't be read"),
-    ("model", "clip.mp4", ["--system", "bad utf8"], "--system: bad utf8 can't be read as a text file: 'utf-8'"),
-    ("model", "clip.mp4", ["--prompts", "none.json"], "none.json: no such prompts file"),
-    ("model", None, ["--batch", "none.jsonl"], "none.jsonl: can't be read"),
+    ("model", "clip.mp4", ["--prompts", "none.json"], "none.json: can't be read as JSON"),
+    ("model", None, ["--batch", "none.jsonl"], "none.jsonl: no such data file"),
 ])
 def test_mistakes_are_one_line(lab, model, clip, arguments, message, capsys, monkeypatch):
     monkeypatch.chdir(lab)
     Path("empty").mkdir(exist_ok=True)
-    Path("bad utf8").write_bytes(b"\xff\xfe")
     assert ask.main([model, *([clip, QUESTION] if clip else []), *arguments]) == 1
     captured = capsys.readouterr()
     errors = [line for line in captured.err.splitlines() if "error" in line.lower()]
@@ -200,8 +182,7 @@ def test_mistakes_are_one_line(lab, model, clip, arguments, message, capsys, mon
 
 
 @pytest.mark.parametrize("arguments", [
-    ["m"], ["m", "clip"], ["m", "clip", "q", "--batch", "b"], ["m", "--batch", "b", "--audio", "a"],
-    ["m", "c", "q", "--max-new-tokens", "0"],
+    ["m"], ["m", "clip"], ["m", "clip", "q", "--batch", "b"], ["m", "c", "q", "--max-new-tokens", "0"],
 ])
 def test_wrong_usage(arguments, capsys):
     with pytest.raises(SystemExit) as caught:

@@ -27,7 +27,6 @@ from hov2.data import (
     Sample,
     SkipSample,
     StepLoader,
-    make_inputs,
     read_samples,
 )
 from hov2.media import MediaError
@@ -82,7 +81,7 @@ def test_media_of_each_data_type(tmp_path):
     ({"problem": ...}, "missing field 'problem'"),
     ({"problem_type": ...}, "missing field 'problem_type'"),
     ({"solution": ...}, "missing field 'solution'"),
-    ({"data_type": ...}, "missing field 'data_type'"),
+    ({"data_type": ...}, "data_type: unknown None; known: image, video, audio"),
     ({"path": ...}, "missing field 'path'"),
     ({"problem": 3}, "problem: expected text, got 3"),
     ({"problem": " "}, "problem: expected text, got ' '"),
@@ -102,7 +101,6 @@ def test_media_of_each_data_type(tmp_path):
     ({"data_type": "image_audio"}, "path: expected an object with image and audio, got 'a.mp4'"),
     ({"data_type": "image_audio", "path": {"image": "a", "audio": None}}, "path: audio: expected text, got None"),
     ({"data_type": "text"}, "path: a text sample has none"),
-    ({"id": 1.5}, "id: expected text or a whole number"),
     ({"problem": "See <|VIDEO|> and say"}, "problem: <|VIDEO|> has the form of a special token"),
     ({"options": ["A. x", "B.<|im_end|>"]}, "options: <|im_end|> has the form of a special token"),
     ({"solution": "<answer>A<|im_start|></answer>"}, "solution: <|im_start|> has the form of a special token"),
@@ -192,7 +190,7 @@ def sample_of(paths, **fields):
 
 
 def inputs_of(sample, media=SMALL, **kwargs):
-    return make_inputs(sample, tiny_tokenizer(), load_prompts(None), media, **kwargs)
+    return InputMaker(tiny_tokenizer(), load_prompts(None), media, **kwargs)(sample)
 
 
 def media_runs(ids):

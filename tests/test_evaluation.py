@@ -1,6 +1,5 @@
 """Answering questions: order, samples, journal, going on after a kill, system prompts, the filter's file, scripts."""
 
-import functools
 import json
 import os
 import random
@@ -21,7 +20,7 @@ from modelkit import policy_of
 import evaluate
 from hov2 import evaluation, scoring, toy
 from hov2.config import ConfigError, EvalConfig, FilterConfig, JudgeConfig, MediaConfig, Source, load_config
-from hov2.data import DataError, Sample, make_inputs, read_samples
+from hov2.data import DataError, InputMaker, Sample, read_samples
 from hov2.evaluation import Evaluator, Journal, longest_first
 from hov2.judge import Judge
 from hov2.model import Encoder, load_tokenizer
@@ -64,8 +63,7 @@ def evaluator(monkeypatch):
     """Makes an Evaluator of the tiny thinker, without processes and without a judge."""
     monkeypatch.setattr(evaluation, "unsharded", lambda policy: torch.no_grad())
     policy, device = policy_of(tiny_thinker()), torch.device("cpu")
-    make = functools.partial(make_inputs, tokenizer=tiny_tokenizer(), prompts=load_prompts(),
-                             media_config=MediaConfig(fps=4, max_frames=4))
+    make = InputMaker(tiny_tokenizer(), load_prompts(), MediaConfig(fps=4, max_frames=4))
     run = SimpleNamespace(config=SimpleNamespace(seed=0), device=device, policy=policy, tokenizer=tiny_tokenizer(),
                           make=make, encoder=Encoder(policy.thinker, device), judge=None)
     return lambda **settings: Evaluator(run, **{"max_new_tokens": 8, "batch_size": 3} | settings)

@@ -117,7 +117,7 @@ def test_encoder_runs_each_tower_once_per_clip():
         tower.register_forward_hook(lambda module, *_: calls.append(type(module).__name__))
     encoder = Encoder(thinker, torch.device("cpu"), cache_size=1)
     first, again = random_inputs(key="clip"), random_inputs(seed=3, key="clip")
-    again.pixel_values = again.mel = None  # as make_inputs leaves them for a known clip
+    again.pixel_values = again.mel = None  # as an InputMaker leaves them for a known clip
     a, b = encoder(first), encoder(again)
     assert calls == ["Qwen2_5OmniVisionEncoder", "Qwen2_5OmniAudioEncoder"]
     assert b.visual is a.visual and b.audio is a.audio and "clip" in encoder.known

@@ -77,13 +77,6 @@ def test_an_empty_system_prompt_leaves_no_message(tmp_path):
     assert render(prompts.chat(sample())).startswith("<|im_start|>user\n")
 
 
-def test_a_conversation_that_ends_with_the_assistant_ends_where_generation_would(prompts):
-    chat = prompts.chat(sample())
-    answered = [*chat, {"role": "assistant", "content": [{"type": "text", "text": "<answer>B</answer>"}]}]
-    assert render(answered) == render(chat) + "<answer>B</answer><|im_end|>"
-    assert render(chat, add_generation_prompt=False) == render(chat).removesuffix("<|im_start|>assistant\n")
-
-
 @pytest.mark.parametrize("token", ["<|im_end|>", "<|VIDEO|>", "<|audio_bos|>"])
 def test_control_tokens_in_a_text_are_an_error(prompts, token):
     for changes in ({"problem": f"Who {token}?"}, {"options": (token,)}):
@@ -136,27 +129,26 @@ def test_a_replacement_changes_only_its_words(tmp_path):
     prompts = load_prompts(written(tmp_path, {"judge": {"system": "Richte."}}))
     assert prompts.words["judge"]["system"] == "Richte."
     assert prompts.words["judge"]["logic"] == DEFAULTS["judge"]["logic"]
+    load_prompts().words["system"] = "as evaluate.py does"
     assert load_prompts().words == DEFAULTS  # the defaults are untouched
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"sytem": "x"}, "unknown key 'sytem'; did you mean 'system'"),
+        ({"sytem": "x"}, "unknown key 'sytem'; known keys: system, media"),
         (
             {"instructions": {"multiple choise": "x"}},
-            "instructions: unknown key 'multiple choise'; did you mean 'multiple choice'",
+            "instructions: unknown key 'multiple choise'; known keys: multiple choice",
         ),
-        ({"zzz": "x"}, "unknown key 'zzz'; known keys: system, media"),
         ({"system": 3}, "system: expected text, got int"),
-        ({"system": ["x", 3]}, "system: expected text, got list"),
         ({"system": None}, "system: expected text, got NoneType"),
         ({"judge": "x"}, "judge: expected an object, got str"),
         (["system"], "expected an object, got list"),
         ({"options": "Choose:"}, "options: the placeholder {options} is missing"),
         ({"judge": {"context": "{reference} and {canditate}"}}, "context: the placeholder {candidate} is missing"),
         ({"system": "You see <|VIDEO|>."}, "system: <|VIDEO|> has the form of a special token"),
-        ("{", "not valid JSON"),
+        ("{", "can't be read as JSON"),
     ],
 )
 def test_unusable_words_are_named(tmp_path, words, message):
@@ -167,5 +159,5 @@ def test_unusable_words_are_named(tmp_path, words, message):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(PromptsError, match="none.json: no such prompts file"):
+    with pytest.raises(PromptsError, match="none.json: can't be read as JSON: .*No such file"):
         load_prompts(tmp_path / "none.json")

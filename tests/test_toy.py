@@ -10,7 +10,7 @@ import torch
 
 from hov2 import toy
 from hov2.config import EvalConfig, GRPOConfig, JudgeConfig, MediaConfig, SFTConfig, Source, load_config
-from hov2.data import make_inputs, read_samples
+from hov2.data import InputMaker, read_samples
 from hov2.judge import AccuracyJudge, Judge
 from hov2.media import read_media
 from hov2.model import load_thinker, load_tokenizer
@@ -109,7 +109,7 @@ def test_the_thinker_loads_and_its_prompts_are_short(world):
     thinker = load_thinker(str(world / "model"), torch.float32)
     assert thinker.config.text_config.vocab_size == len(tokenizer)
     for sample in read_samples([Source(str(world / "eval.json"))]):
-        inputs = make_inputs(sample, tokenizer, prompts, MediaConfig(fps=8.0, max_frames=8))
+        inputs = InputMaker(tokenizer, prompts, MediaConfig(fps=8.0, max_frames=8))(sample)
         assert inputs.shape.second_per_grid == pytest.approx(0.25, rel=0.02) and len(inputs.prompt_ids) < 110
 
 

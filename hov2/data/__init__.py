@@ -2,7 +2,7 @@
 
 `read_samples` reads strictly: a record that can't be used is one DataError that names file, record and field.
 `python -m hov2.data CONFIG` (hov2.check) reads everything that a config names, and says what is wrong with it.
-`make_inputs` turns a sample into token ids, patches and mel frames on the CPU. `PromptOrder` says which samples belong
+`InputMaker` turns a sample into token ids, patches and mel frames on the CPU. `PromptOrder` says which samples belong
 to which step, for any number of ranks, and `StepLoader` loads a rank's share of them.
 """
 
@@ -53,7 +53,7 @@ class Sample:
     paths: dict = field(default_factory=dict)
     source: str = ""  # the data file
     extra: dict = field(default_factory=dict)  # the record's other fields, for grouping in evaluation
-    has_sound: bool = False  # the video has a sound track; known once the file has been read (make_inputs)
+    has_sound: bool = False  # the video has a sound track; known once the file has been read (InputMaker)
 
     @property
     def media_kinds(self):
@@ -117,7 +117,7 @@ def read_source(source):
             with rank_zero_first():  # the first to read it writes out its media
                 records = list(read_parquet(file, root))
         else:
-            records = _records(file)
+            records = read_records(file)
         found += [_tried(_read, record, source.format, number, file, root) for number, record in records]
     return found
 
@@ -140,10 +140,10 @@ def take_slice(items, text, seed=0):
     return list(items[:count] if where == "first" else items[len(items) - count:])
 
 
-def _records(path):
+def read_records(path):
     """(record number from 1, record) of a JSON list or of JSON lines; the number of a line is that of the file.
 
-    For a line that is no JSON the record is a DataError.
+    For a line that is no JSON the record is a DataError. Raises DataError for a file that can't be read as such.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -170,28 +170,35 @@ def _parsed(text, where):
 
 
 def _read(record, name, number, path, root):
-    """One record of the format `name` -> Sample (method.md, "Samples"). Raises DataError, also one that `record` is."""
+    """One record of the format `name` -> Sample. Raises DataError, also for a solution that has no usable answer."""
+    where = f"{path}: record {number}"
+    sample = to_sample(convert(name, record, root, where), number, path, root)
+    try:
+        check_reference(sample.solution, sample.problem_type)
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from None
+    return sample
+
+
+def to_sample(record, number, path, root):
+    """A record in hov2's own form -> Sample (method.md, "Samples"), its media paths starting from `root`.
+
+    Raises DataError, which begins with the data file's `path` and the record's `number`, also one that `record` is.
+    """
     if isinstance(record, DataError):
         raise record
     where = f"{path}: record {number}"
-    record = convert(name, record, root, where)
     if not isinstance(record, dict):
         raise DataError(f"{where}: expected an object, got {type(record).__name__}")
     problem, options, solution, problem_type = read_texts(record, where)
     if problem_type in CHOICE_TYPES and not options:
         raise DataError(f"{where}: options: {problem_type!r} needs them")
-    try:
-        check_reference(solution, problem_type)
-    except ValueError as error:
-        raise DataError(f"{where}: {error}") from None
     own_id = record.get("id")
-    if own_id is not None and not isinstance(own_id, (str, int)):
-        raise DataError(f"{where}: id: expected text or a whole number, got {own_id!r}")
     data_type, paths = _paths(record, where)
     return Sample(
         id=f"{Path(path).name}:{number}" if own_id is None else str(own_id), problem=problem,
         problem_type=problem_type, options=options, solution=solution, data_type=data_type, source=str(path),
-        paths={kind: os.path.abspath(root / file) for kind, file in paths.items()},
+        paths={kind: os.path.abspath(Path(root, file)) for kind, file in paths.items()},
         extra={key: value for key, value in record.items() if key not in RECORD_FIELDS},
     )
 
@@ -228,16 +235,12 @@ def _paths(record, where):
     """(data type, {kind: file}) of a record."""
     path = record.get("path")
     data_type = record.get("data_type", "image_audio" if isinstance(path, dict) else None)
-    if data_type is None:
-        raise DataError(f"{where}: missing field 'data_type'")
     if data_type not in DATA_TYPES:
         raise DataError(f"{where}: data_type: unknown {data_type!r}; known: {', '.join(DATA_TYPES)}")
     if data_type == "text":
         if path is not None:
             raise DataError(f"{where}: path: a text sample has none, got {path!r}")
         return data_type, {}
-    if path is None:
-        raise DataError(f"{where}: missing field 'path'")
     if isinstance(path, dict) and data_type != "video" or data_type == "image_audio":
         if not isinstance(path, dict) or set(path) != {"image", "audio"}:
             raise DataError(f"{where}: path: expected an object with image and audio, got {path!r}")
@@ -282,34 +285,6 @@ class Inputs:
     mel: torch.Tensor | None = None  # (128, mel frames) float32
 
 
-def make_inputs(sample, tokenizer, prompts, media_config, *, max_prompt_length=None, on_long_prompt="error",
-                known=None, cache=None):
-    """Reads the sample's media and writes its prompt: Sample -> Inputs.
-
-    `known` maps a media key to the MediaShape of a clip whose encoding the model keeps: such a clip isn't read again.
-    One that `cache` (a MediaCache) has isn't decoded again.
-    A prompt of more than `max_prompt_length` tokens is, by `on_long_prompt`, a DataError ("error"), a SkipSample
-    ("skip"), or tried again with half the frames until it fits and skipped if it never does ("fewer_frames"). Raises
-    MediaError for a file that can't be used.
-    """
-    while True:
-        key = media_key(sample, media_config)
-        if known is not None and key in known:
-            shape, pixel_values, mel = known[key], None, None
-        else:
-            shape, pixel_values, mel = load_media(sample.paths, media_config, cache)
-        ids = _prompt_ids(sample, tokenizer, prompts, shape)
-        if max_prompt_length is None or len(ids) <= max_prompt_length:
-            return Inputs(torch.tensor(ids), shape, key, pixel_values, mel)
-        message = f"sample {sample.id}: the prompt has {len(ids)} tokens, max_prompt_length is {max_prompt_length}"
-        if on_long_prompt == "error":
-            raise DataError(f'{message} (on_long_prompt: "skip" or "fewer_frames" would go on)')
-        frames = 2 * int(shape.grid_thw[0, 0]) if shape.visual_kind == "video" else 0
-        if on_long_prompt == "skip" or frames <= 2 or media_config.max_frames <= 2:
-            raise SkipSample(message)
-        media_config = replace(media_config, max_frames=max(2, min(frames, media_config.max_frames) // 4 * 2))
-
-
 def media_key(sample, media_config):
     """What a clip's encoding depends on: its files and how they are read; () for text alone."""
     return (tuple(sample.paths.items()), *astuple(media_config)) if sample.paths else ()
@@ -317,26 +292,41 @@ def media_key(sample, media_config):
 
 @dataclass
 class InputMaker:
-    """make_inputs with a run's settings: `maker(sample) -> Inputs`. Sent to another process, it knows no clips."""
+    """Reads a sample's media and writes its prompt, with a run's settings: `maker(sample) -> Inputs`.
+
+    `known` maps a media key to the MediaShape of a clip whose encoding the model keeps: such a clip isn't read again.
+    One that `cache` has isn't decoded again.
+    """
 
     tokenizer: object
     prompts: object
     media_config: object
-    max_prompt_length: int | None
-    on_long_prompt: str
-    known: dict  # of model.Encoder
+    max_prompt_length: int | None = None
+    on_long_prompt: str = "error"
+    known: dict = field(default_factory=dict)  # of model.Encoder
     cache: MediaCache | None = None
 
     def __call__(self, sample):
-        return make_inputs(sample, self.tokenizer, self.prompts, self.media_config, known=self.known, cache=self.cache,
-                           max_prompt_length=self.max_prompt_length, on_long_prompt=self.on_long_prompt)
+        """A prompt of more than `max_prompt_length` tokens is, by `on_long_prompt`, a DataError ("error"), a SkipSample
+        ("skip"), or tried again with half the frames until it fits and skipped if it never does ("fewer_frames").
 
-    def __getstate__(self):
-        return vars(self) | {"known": {}}
-
-    def knows(self, sample):
-        """Whether the sample's clip need not be read again."""
-        return media_key(sample, self.media_config) in self.known
+        Raises MediaError for a file that can't be used.
+        """
+        settings, limit = self.media_config, self.max_prompt_length
+        while True:
+            key = media_key(sample, settings)
+            shape, pixel_values, mel = ((self.known[key], None, None) if key in self.known else
+                                        load_media(sample.paths, settings, self.cache))
+            ids = _prompt_ids(sample, self.tokenizer, self.prompts, shape)
+            if limit is None or len(ids) <= limit:
+                return Inputs(torch.tensor(ids), shape, key, pixel_values, mel)
+            message = f"sample {sample.id}: the prompt has {len(ids)} tokens, max_prompt_length is {limit}"
+            if self.on_long_prompt == "error":
+                raise DataError(f'{message} (on_long_prompt: "skip" or "fewer_frames" would go on)')
+            frames = 2 * int(shape.grid_thw[0, 0]) if shape.visual_kind == "video" else 0
+            if self.on_long_prompt == "skip" or frames <= 2 or settings.max_frames <= 2:
+                raise SkipSample(message)
+            settings = replace(settings, max_frames=max(2, min(frames, settings.max_frames) // 4 * 2))
 
 
 def load_media(paths, settings, cache=None):
@@ -350,7 +340,7 @@ def load_media(paths, settings, cache=None):
         read = cache.read if cache else read_media
         media = read(path, fps=settings.fps, max_frames=settings.max_frames, min_pixels=settings.min_pixels,
                      max_pixels=settings.max_pixels)
-        found = "audio" if media.frames is None else "image" if media.sample_fps is None else "video"
+        found = kind_of(media)
         if kind != found and not (kind == "audio" and media.audio is not None):
             raise MediaError(path, f"expected {kind}, found {found}")
         if kind != "audio":
@@ -367,6 +357,11 @@ def load_media(paths, settings, cache=None):
         shape["mel_frames"], mel = 0, None
     interleaved = settings.interleave_audio and "video" in paths and mel is not None
     return MediaShape(**shape, interleaved=interleaved), pixel_values, mel
+
+
+def kind_of(media):
+    """"video", "image" or "audio": what a Media is, by itself."""
+    return "audio" if media.frames is None else "image" if media.sample_fps is None else "video"
 
 
 def _prompt_ids(sample, tokenizer, prompts, shape):
@@ -394,20 +389,12 @@ def interleave(shape, video_id, audio_id):
     """
     grids, height, width = shape.grid_thw[0].tolist()
     times = torch.arange(grids) * torch.tensor(shape.second_per_grid) * POSITIONS_PER_SECOND
-    video = _chunk_sizes(times.long().repeat_interleave(height * width // 4).tolist())
-    audio = _chunk_sizes(range(shape.audio_tokens))
-    ids = []
-    for i in range(max(len(video), len(audio))):
-        ids += [video_id] * (video[i] if i < len(video) else 0) + [audio_id] * (audio[i] if i < len(audio) else 0)
-    return ids
-
-
-def _chunk_sizes(times):
-    starts, limit = [0], int(POSITIONS_PER_SECOND * SECONDS_PER_CHUNK)
-    for i, t in enumerate(times):
-        if t >= len(starts) * limit:
-            starts.append(i)
-    return [b - a for a, b in zip(starts, [*starts[1:], len(times)])]
+    limit, chunk = int(POSITIONS_PER_SECOND * SECONDS_PER_CHUNK), 0
+    tokens = [(i // limit, True) for i in range(shape.audio_tokens)]  # (chunk, whether it's sound)
+    for at in times.long().repeat_interleave(height * width // 4).tolist():
+        chunk += at >= (chunk + 1) * limit
+        tokens.append((chunk, False))
+    return [audio_id if sound else video_id for _, sound in sorted(tokens)]
 
 
 def encode_solution(sample, tokenizer):
@@ -461,14 +448,14 @@ class PromptOrder:
 class StepLoader:
     """Loads this rank's share of each step, and replaces what can't be loaded, in the same way on every rank.
 
-    `make(sample) -> Inputs` is make_inputs with its settings. The slots of a step are dealt to the ranks in order, as
-    whole runs. A slot whose sample raises MediaError or SkipSample takes the next sample of the order's spare list, in
-    slot order over all ranks, until every slot is filled; `replaced` names each case. `gather(value)` returns every
-    rank's value, in rank order. The run stops with a DataError when more than `max_bad_samples` (a share) of the
-    samples drawn were bad; as long as fewer have been drawn than there are samples, the share is of the latter.
+    `make(sample) -> Inputs` is an InputMaker. The slots of a step are dealt to the ranks in order, as whole runs. A
+    slot whose sample raises MediaError or SkipSample takes the next sample of the order's spare list, in slot order
+    over all ranks, until every slot is filled; `replaced` names each case. `gather(value)` returns every rank's value,
+    in rank order. The run stops with a DataError when more than `max_bad_samples` (a share) of the samples drawn were
+    bad; as long as fewer have been drawn than there are samples, the share is of the latter.
 
-    With `workers`, so many processes read the next step's clips while this one is trained on (`make` is then an
-    InputMaker); else threads read them when they are needed. What is loaded is the same.
+    With `workers`, so many processes read the next step's clips while this one is trained on; else threads read them
+    when they are needed. What is loaded is the same.
     """
 
     def __init__(self, samples, make, order, rank=0, world_size=1, gather=gather_objects, max_bad_samples=0.01,
@@ -477,10 +464,9 @@ class StepLoader:
             raise DataError(f"{order.prompts_per_step} samples a step can't be shared evenly by {world_size} processes")
         self.samples, self.make, self.order, self.gather = samples, make, order, gather
         self.max_bad_samples = max_bad_samples
-        self.threads, self.readers = ThreadPoolExecutor(THREADS), None
-        if workers:
-            spawn = multiprocessing.get_context("spawn")
-            self.readers = ProcessPoolExecutor(workers, spawn, _begin_reading, (make,))
+        spawn = multiprocessing.get_context("spawn")
+        self.readers = ProcessPoolExecutor(workers, spawn, _begin_reading, (make,)) if workers else None
+        self.threads = ThreadPoolExecutor(THREADS)
         self.ahead = {}  # sample index -> future, of the next step
         share = order.prompts_per_step // world_size
         self.slots = range(rank * share, (rank + 1) * share)
@@ -492,18 +478,15 @@ class StepLoader:
         self.drawn += len(indices)
         todo = list(self.slots)
         while True:
-            failures = []
-            futures = [self.ahead.pop(indices[slot], None) or self._begin(indices[slot]) for slot in todo]
-            for slot, result in zip(todo, [future.result() for future in futures]):
-                if isinstance(result, Exception):
-                    failures.append((slot, indices[slot], str(result), isinstance(result, DataError)))
-                else:
-                    loaded[slot] = (indices[slot], self.samples[indices[slot]], result)
+            futures = {slot: self.ahead.pop(indices[slot], None) or self._begin(indices[slot]) for slot in todo}
+            loaded |= {slot: future.result() for slot, future in futures.items()}
+            failures = [(slot, indices[slot], str(loaded[slot]), isinstance(loaded[slot], DataError))
+                        for slot in todo if isinstance(loaded[slot], Exception)]
             failures = sorted(failure for of_rank in self.gather(failures) for failure in of_rank)
             if not failures:
                 following = self.order.step(step + 1)
                 self.ahead = {following[slot]: self._begin(following[slot]) for slot in self.slots if self.readers}
-                return [loaded[slot] for slot in self.slots]
+                return [(indices[slot], self.samples[indices[slot]], loaded[slot]) for slot in self.slots]
             for slot, index, reason, fatal in failures:
                 if fatal:
                     raise DataError(reason)
@@ -531,7 +514,7 @@ class StepLoader:
     def _begin(self, index):
         """A future of the sample's Inputs, or of the exception that says why there are none."""
         sample = self.samples[index]
-        if self.readers and not self.make.knows(sample):
+        if self.readers and media_key(sample, self.make.media_config) not in self.make.known:
             return self.readers.submit(_read_here, sample)
         return self.threads.submit(_tried, self.make, sample)
 
