@@ -76,6 +76,6 @@ def test_table_and_figure():
     columns = ablation.columns_of([{"accuracy": 0.25, "context": None}, {"accuracy": 0.75, "context": None}])
     rows = {"a & b": columns}
     assert "| a & b | 0.500 (0.250 to 0.750) | - |" in ablation.as_table(rows, [0, 1])
-    marks = [mark for mark in ElementTree.fromstring(ablation.as_figure(rows, left=100, width=200)).iter()
+    marks = [mark.get("d") for mark in ElementTree.fromstring(ablation.as_figure(rows, left=100, width=200)).iter()
              if mark.get("class") == "mark"]
-    assert [mark.get("cx") or mark.get("d") for mark in marks] == ["150.0", "250.0", "M150.0 44H250.0M200.0 37v14"]
+    assert marks == ["M150.0 44H250.0M200.0 37v14M150.0 41v6M250.0 41v6"]

@@ -347,11 +347,10 @@ def test_toy_configs_and_prepare(name, tmp_path, monkeypatch):
     monkeypatch.setattr(toy, "ROOT", tmp_path / "toy")
     monkeypatch.setattr(toy, "WORLD", tmp_path / "toy" / "world")
     monkeypatch.setattr(toy, "build_world", lambda: built.append("world"))
-    monkeypatch.setattr(toy, "write_benchmarks", lambda folder: built.append(folder))
     monkeypatch.setattr(toy, "run_script", lambda *_: None)
     config.benchmark_root = str(tmp_path / "elsewhere" / name)
     toy.prepare(config)
     assert not built
     config.benchmark_root = str(tmp_path / "toy" / "world" / name)
     toy.prepare(config)
-    assert built[0] == "world"
+    assert built == ["world"]
