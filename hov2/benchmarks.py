@@ -19,7 +19,8 @@ from hov2.rewards import check_reference
 
 # By benchmark. "columns" are [breakdown, label, number of questions] by column of the paper's table; "rows" have their
 # accuracies in %, Avg last, printed with "digits"; "breakdowns" are [field of a record, labels that come first beside
-# the columns']; "note" is printed below the table.
+# the columns']; "note" is printed below the table; "rules" of
+# IntentBench are {what a question goes by: {its value, in lower case without signs: column}}.
 PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
 NOT_GIVEN = "(not given)"  # the column of questions without the field that a breakdown goes by
 
@@ -50,9 +51,9 @@ def read_benchmark(name, folder):
     samples = {}
     for key, entry in content.items() if kind is dict else enumerate(content, 1):
         where = f"{path}: {'video' if kind is dict else 'record'} {key}"
-        for where, own_id, video, fields, item in read(_object(entry, where), where, key):
+        for at, own_id, video, fields, item in read(_object(entry, where), where, key):
             own_id = f"{own_id}#{key}" if own_id in samples else own_id
-            texts = _texts(item, where, fields, problem_type=None if name == "intentbench" else "multiple choice")
+            texts = _texts(item, at, fields, problem_type=None if name == "intentbench" else "multiple choice")
             extra = {key: value for key, value in item.items() if key not in (*fields, *NO_EXTRA)}
             samples[own_id] = Sample(own_id, *texts, data_type="video", source=str(path), extra=extra,
                                      paths={"video": _find(path.parent, [place.format(video) for place in places])})
@@ -140,11 +141,7 @@ def _labels(record, field, spelled):
     return list(dict.fromkeys(spelled.get(_plain(v), str(v).strip()) for v in values)) or [NOT_GIVEN]
 
 
-_INTENT_COLUMNS = {_plain(column): column for column in PUBLISHED["intentbench"]["columns"]}
-_INTENT_COLUMNS |= dict.fromkeys(("who", "which", "which who"), "Who/Which") | {"others": "Other"}
-_QUESTION_WORDS = dict.fromkeys(("who", "whom", "whose", "which"), "Who/Which") | {"where": "Other"}
-_QUESTION_WORDS |= {column.lower(): column for column in ("Why", "How", "What", "When")}
-RULES = ("Type", "problem type", "question word")
+RULES = tuple(PUBLISHED["intentbench"]["rules"])
 
 
 def intent_column(record):
@@ -153,13 +150,10 @@ def intent_column(record):
     Its `Type` where that names a column; else emer_ov_mc is Emotion and judge is Deception, and any other question goes
     by the first interrogative word in it, Other without one.
     """
-    named = _INTENT_COLUMNS.get(_plain(record["extra"].get("Type")))
-    if named:
-        return named, "Type"
-    if record["problem_type"] in ("emer_ov_mc", "judge"):
-        return {"emer_ov_mc": "Emotion", "judge": "Deception"}[record["problem_type"]], "problem type"
-    words = (_QUESTION_WORDS.get(word) for word in re.findall(r"[a-z]+", record["problem"].lower()))
-    return next(filter(None, words), "Other"), "question word"
+    tables, words = PUBLISHED["intentbench"]["rules"], re.findall(r"[a-z]+", record["problem"].lower())
+    keys = ([_plain(record["extra"].get("Type"))], [record["problem_type"]], words)
+    found = ((tables[rule][key], rule) for rule, of_rule in zip(RULES, keys) for key in of_rule if key in tables[rule])
+    return next(found, ("Other", RULES[-1]))
 
 
 def groups(name, records):
@@ -188,7 +182,9 @@ def columns(name, records):
     """
     tables = {title: {column: _score([r["accuracy"] for r in found]) for column, found in of_table.items()}
               for title, of_table in groups(name, records).items()}
-    return tables | {"letters": _letters(records)}
+    chosen = [r for r in records if r["problem_type"] == "multiple choice" and r["accuracy"] is not None]
+    return tables | {"letters": {rule: _score([_letter_score(r, letter) for r in chosen])
+                                 for rule, letter in (("strict", strict_letter), ("lenient", lenient_letter))}}
 
 
 def _score(values):
@@ -214,12 +210,6 @@ def lenient_letter(text):
     out; None without one (there the official protocol asks a language model, this doesn't)."""
     match = re.search("[ABCD]", _ANNOUNCED.sub("", text))
     return match[0] if match else None
-
-
-def _letters(records):
-    chosen = [r for r in records if r["problem_type"] == "multiple choice" and r["accuracy"] is not None]
-    return {rule: _score([_letter_score(r, letter) for r in chosen])
-            for rule, letter in (("strict", strict_letter), ("lenient", lenient_letter))}
 
 
 def _letter_score(record, letter):
@@ -267,7 +257,7 @@ def render(name, records, interval=None):
         header = (f"by {title}", "questions", "accuracy", *(("95 % from", "to") if interval else ()))
         rows = [(label, *_cells(of_label, interval)) for label, of_label in found[title].items()]
         lines += ["", table([header, *rows])]
-    strict, lenient = _letters(records).values()
+    strict, lenient = columns(name, records)["letters"].values()
     lines.append(f"\nletter taken by the official rules, {strict[1]} multiple choice questions: "
                  f"strict (Daily-Omni's) {_percent(strict[0])}, lenient (WorldSense's) {_percent(lenient[0])}")
     return "\n".join(lines)
