@@ -1,7 +1,6 @@
 """The toy's ablations: which steps variants share, what each step is told, and what is made of the results."""
 
 import json
-import random
 import subprocess
 from pathlib import Path
 from xml.etree import ElementTree
@@ -60,16 +59,6 @@ def test_a_step_reads_and_writes_the_run_s_own_places_and_is_kept(tmp_path, monk
     with pytest.raises(SystemExit, match=r"stage2: exit code 3; .*stage2.log says why"):
         run(VARIANTS["other"])
     assert not places["stage2"].with_suffix(".done").exists()
-
-
-def test_the_cold_start_without_contexts(tmp_path, monkeypatch):
-    solution = toy.solution("judge", toy.make_clip("train", 0, random.Random(0)))
-    (tmp_path / "world.json").write_text("{}")
-    (tmp_path / "train_sft.json").write_text(json.dumps([{"solution": solution}]))
-    monkeypatch.setattr(toy, "build_world", lambda *_, **__: pytest.fail("built it again"))
-    ablation.make_world(tmp_path, 0, quick=False)
-    [record] = json.loads((tmp_path / "train_sft_no_context.json").read_text())
-    assert record["solution"] == solution[solution.index("<think>"):]
 
 
 def test_table_and_figure():

@@ -202,8 +202,9 @@ def swapped(clips, sense):
 def build_world(folder=WORLD, seed=0, *, train_clips=384, rl_clips=96, eval_clips=144, sft_samples=7680):
     """Writes clips, data files and the untrained model with its tokenizer to `folder`; equal seeds give equal worlds.
 
-    Data: train_sft.json, train_rl.json, eval.json, swapped_sound.json and swapped_picture.json (the intent questions of
-    eval.json, with the sound or the picture of a clip that has the other voice or face). `world.json` is written last.
+    Data: train_sft.json, train_sft_no_context.json (the same without contexts), train_rl.json, eval.json,
+    swapped_sound.json and swapped_picture.json (the intent questions of eval.json, with the sound or the picture of a
+    clip that has the other voice or face). `world.json` is written last.
     """
     folder, rng = Path(folder), random.Random(seed)
     shutil.rmtree(folder, ignore_errors=True)
@@ -218,6 +219,7 @@ def build_world(folder=WORLD, seed=0, *, train_clips=384, rl_clips=96, eval_clip
         "eval": [record(kind, clip) for kind in MAIN_TYPES for clip in held_out] + others,
         **{f"swapped_{sense}": [record("multiple choice", clip) for clip in clips] for sense, clips in swaps.items()},
     }
+    files["train_sft_no_context"] = [r | {"solution": r["solution"].split("</context>")[1]} for r in files["train_sft"]]
     for name, records in files.items():
         (folder / f"{name}.json").write_text(json.dumps(records, indent=0))
     for clip in tqdm([*train, *rl, *held_out, *swaps["sound"], *swaps["picture"]], desc="toy world", unit="clip"):
@@ -400,16 +402,16 @@ def _answers(url):
         return probe.connect_ex((parts.hostname, parts.port)) == 0
 
 
-def run_script(step, settings=None, *, config=None, processes=PROCESSES, output=None):
-    """Runs the script of a step with configs/toy/{step}.json, or the file `config`, and {option: value} `settings`.
+def run_script(step, settings=None, processes=PROCESSES, output=None):
+    """Runs the script of a step with configs/toy/{step}.json and {option: value} `settings`.
 
     On so many processes of one thread; several run under torchrun. What is printed goes to the file `output`, if there
     is one. CalledProcessError if it fails.
     """
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    options = [f"{name}={json.dumps(value)}" for name, value in (settings or {}).items()]
     command = [sys.executable, *(torchrun if processes > 1 else []), SCRIPTS.get(step, "evaluate.py"),
-               str(config or CONFIGS / f"{step}.json"),
-               *(f"{name}={json.dumps(value)}" for name, value in (settings or {}).items())]
+               str(CONFIGS / f"{step}.json"), *options]
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=output, stderr=output)
 
 

@@ -26,7 +26,11 @@ def main():
     variant = read_variants(ABLATION)["no-judge-rewards" if args.no_judge_rewards else "full"]
     shutil.rmtree(toy.ROOT, ignore_errors=True)
     toy.build_world(seed=args.seed, **(toy.QUICK_WORLD if args.quick else {}))
-    predictions = run_stages(variant, args.seed, args.quick)
+    with toy.RuleJudge() as judge:
+        for step, own in steps_of_run():
+            print(f"\n=== {own.get('output_dir', step)} ===", flush=True)
+            toy.run_script(step, toy.settings_of(step, variant, args.seed, args.quick, judge.url) | own)
+    predictions = {stage: toy.read_predictions(toy.ROOT / stage / "eval/predictions.jsonl") for stage in toy.SCRIPTS}
     summary = {"seed": args.seed, "quick": args.quick, "judge_rewards": not args.no_judge_rewards,
                "stages": {stage: toy.scores_of(by_file["eval"]) for stage, by_file in predictions.items()},
                "swap": {sense: toy.swap_scores(predictions["stage3"], sense) for sense in toy.SENSES},
@@ -36,23 +40,17 @@ def main():
     print(format_summary(summary))
 
 
-def run_stages(variant, seed, quick):
-    """Filters, trains, evaluates, after the last stage on the swapped clips too; {stage: its predictions}."""
-    predictions = {}
-    with toy.RuleJudge() as judge:
+def steps_of_run():
+    """Yields (step, its own settings): filters and stages, and after each stage an evaluation of its model.
 
-        def run(step, title, **own):
-            print(f"\n=== {title} ===", flush=True)
-            toy.run_script(step, toy.settings_of(step, variant, seed, quick, judge.url) | own)
-
-        for step in STEPS[:-1]:
-            run(step, step)
-            if step in toy.SCRIPTS:
-                folder, files = toy.ROOT / step, toy.EVAL_FILES if step == "stage3" else toy.EVAL_FILES[:1]
-                run("eval", f"{step}: evaluation", model=str(folder / "model"), output_dir=str(folder / "eval"),
-                    data=[{"path": str(file)} for file in files])
-                predictions[step] = toy.read_predictions(folder / "eval/predictions.jsonl")
-    return predictions
+    That of the last one is on the swapped clips too.
+    """
+    for step in STEPS[:-1]:
+        yield step, {}
+        if step in toy.SCRIPTS:
+            files = toy.EVAL_FILES if step == "stage3" else toy.EVAL_FILES[:1]
+            yield "eval", {"model": str(toy.ROOT / step / "model"), "output_dir": str(toy.ROOT / step / "eval"),
+                           "data": [{"path": str(file)} for file in files]}
 
 
 def format_summary(summary):

@@ -10,7 +10,6 @@ In runs/toy_<FILE's name>: <that name>.json, .md (a table) and .svg (a figure), 
 """
 
 import json
-import re
 import shutil
 import subprocess
 import time
@@ -33,7 +32,8 @@ def ablate(file, seeds, quick=False):
     started, variants, title = time.monotonic(), read_variants(file), Path(file).stem
     root = Path(f"{toy.ROOT}_{title}{'_quick' if quick else ''}")
     for seed in seeds:
-        make_world(root / f"seed{seed}/world", seed, quick)
+        if not (root / f"seed{seed}/world/world.json").exists():
+            toy.build_world(root / f"seed{seed}/world", seed, **(toy.QUICK_WORLD if quick else {}))
     runs = {(seed, name): places for seed in seeds
             for name, places in step_folders(variants, root / f"seed{seed}").items()}
     with toy.RuleJudge() as judge, ThreadPoolExecutor(2) as pool:
@@ -73,36 +73,27 @@ def settings_until(variant, step):
     return json.dumps([(name, variant.get(name)) for name in steps[:steps.index(step) + 1]])
 
 
-def make_world(folder, seed, quick):
-    """The world of a seed, unless it is there, and once more its cold start without the context block."""
-    if not (folder / "world.json").exists():
-        toy.build_world(folder, seed, **(toy.QUICK_WORLD if quick else {}))
-    text = re.sub("<context>.*?</context>", "", (folder / "train_sft.json").read_text())
-    (folder / "train_sft_no_context.json").write_text(text)
-
-
 def run_step(step, places, variant, seed, quick, judge_url):
     """Runs configs/toy/{step}.json with what the variant sets; paths in runs/toy become those of `places`.
 
-    Beside the step's folder: its config (.json), what it printed (.log) and, once it has ended, its settings (.done).
+    Beside the step's folder: what it printed (.log) and, once it has ended, its settings (.done).
     """
     folder, key = places[step], settings_until(variant, step)
-    own, log, done = (folder.with_suffix(ending) for ending in (".json", ".log", ".done"))
+    log, done = folder.with_suffix(".log"), folder.with_suffix(".done")
     if done.exists() and done.read_text() == key:
         return
     shutil.rmtree(folder, ignore_errors=True)
     done.unlink(missing_ok=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps([json.loads((toy.CONFIGS / f"{step}.json").read_text()),
-                       toy.settings_of(step, variant, seed, quick, judge_url)])
+    config = json.loads((toy.CONFIGS / f"{step}.json").read_text())
+    named = {key: config[key] for key in ("model", "output_dir", "data", "filter") if key in config}
+    text = json.dumps(named | toy.settings_of(step, variant, seed, quick, judge_url))
     for name, place in (places | {"world": folder.parents[1] / "world"}).items():
         text = text.replace(f'"{toy.ROOT / name}', f'"{place}')
-    config, settings = json.loads(text)
-    own.write_text(json.dumps(config, indent=2))
     started = time.monotonic()
     try:
         with log.open("w") as output:
-            toy.run_script(step, settings, config=own, processes=1, output=output)
+            toy.run_script(step, json.loads(text), processes=1, output=output)
     except subprocess.CalledProcessError as error:
         raise SystemExit(f"{folder}: exit code {error.returncode}; {log} says why") from None
     done.write_text(key)
