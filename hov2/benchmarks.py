@@ -19,8 +19,8 @@ from hov2.rewards import check_reference
 
 # By benchmark. "columns" are [breakdown, label, number of questions] by column of the paper's table; "rows" have their
 # accuracies in %, Avg last, printed with "digits"; "breakdowns" are [field of a record, labels that come first beside
-# the columns']; "note" is printed below the table; "rules" of
-# IntentBench are {what a question goes by: {its value, in lower case without signs: column}}.
+# the columns']; "note" is printed below the table; IntentBench's "rules" are {what a question goes by: {its value, in
+# lower case without signs: column}}.
 PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
 NOT_GIVEN = "(not given)"  # the column of questions without the field that a breakdown goes by
 
@@ -54,7 +54,7 @@ def read_benchmark(name, folder):
         for at, own_id, video, fields, item in read(_object(entry, where), where, key):
             own_id = f"{own_id}#{key}" if own_id in samples else own_id
             texts = _texts(item, at, fields, problem_type=None if name == "intentbench" else "multiple choice")
-            extra = {key: value for key, value in item.items() if key not in (*fields, *NO_EXTRA)}
+            extra = {field: value for field, value in item.items() if field not in (*fields, *NO_EXTRA)}
             samples[own_id] = Sample(own_id, *texts, data_type="video", source=str(path), extra=extra,
                                      paths={"video": _find(path.parent, [place.format(video) for place in places])})
     return list(samples.values())

@@ -328,9 +328,6 @@ def test_the_toy_writes_itself_out_in_the_published_layouts(world):
         assert read_media(found[0].paths["video"], fps=8.0, max_frames=8).audio is not None
     link = next((world / "worldsense" / "videos").iterdir())
     assert not os.path.isabs(os.readlink(link)) and link.resolve().parent == (world / "clips").resolve()
-    before = {path: path.read_bytes() for path in world.glob("*/*qa.json")}
-    toy.write_benchmarks(world)  # again, into an existing world
-    assert {path: path.read_bytes() for path in before} == before and len(before) == 3
 
 
 def test_the_toy_fills_the_paper_s_columns(world):

@@ -16,7 +16,6 @@ shortcut is the strongest habit, are left for stage 3.
     python -m hov2.toy [--seed N] [--quick] [--no-judge-rewards]
 """
 
-import copy
 import json
 import os
 import random
@@ -231,18 +230,18 @@ def build_world(folder=WORLD, seed=0, *, train_clips=384, rl_clips=96, eval_clip
     tokenizer = make_tokenizer(texts)
     tokenizer.save_pretrained(folder / "model")
     make_thinker(tokenizer, seed).save_pretrained(folder / "model")
-    write_benchmarks(folder)
+    write_benchmarks(folder, files["eval"])
     (folder / "world.json").write_text(json.dumps({"seed": seed}))
 
 
-def write_benchmarks(folder):
-    """Writes the main questions of `folder`/eval.json once more in the layouts of IntentBench, Daily-Omni, WorldSense.
+def write_benchmarks(folder, records):
+    """Writes the main ones of `records` once more in the layouts of IntentBench, Daily-Omni, WorldSense.
 
     toy.json describes them. In each folder are links to the world's clips; WorldSense asks some questions again with
     three options.
     """
-    folder, questions = Path(folder), []
-    for r in json.loads((folder / "eval.json").read_text()):
+    questions = []
+    for r in records:
         answer, clip = block_text(r["solution"], "answer"), Path(r["path"])
         questions.append(r | {"answer": answer, "solution": f"<answer>{answer}</answer>",
                               "clip": clip.name, "stem": clip.stem})
@@ -250,11 +249,10 @@ def write_benchmarks(folder):
         root, chosen = folder / name, [r for r in questions if r["problem_type"] in layout["types"]
                                        and r["clip"].endswith(tuple(layout["formats"]))]
         content = [_entry(layout, number, r) for number, r in enumerate(chosen)]
-        for r in chosen:
-            link = root / layout["clip"].format(**r)
+        for place, clip in {layout["clip"].format(**r): r["path"] for r in chosen}.items():
+            link = root / place
             link.parent.mkdir(parents=True, exist_ok=True)
-            link.unlink(missing_ok=True)
-            link.symlink_to(os.path.relpath(folder / r["path"], link.parent))
+            link.symlink_to(os.path.relpath(folder / clip, link.parent))
         if "task" in layout:
             content = {entry["video_id"]: entry for entry in content}
         (root / layout["file"]).write_text(json.dumps(content, indent=0))
@@ -295,9 +293,9 @@ def make_thinker(tokenizer, seed):
     """
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in DATA["token ids"].items()}
     torch.manual_seed(seed)
-    config = copy.deepcopy(DATA["model"])
-    config["text_config"]["vocab_size"] = len(tokenizer)
-    return Qwen2_5OmniThinkerForConditionalGeneration(Qwen2_5OmniThinkerConfig(**config, **ids))
+    text_config = DATA["model"]["text_config"] | {"vocab_size": len(tokenizer)}
+    config = Qwen2_5OmniThinkerConfig(**DATA["model"] | {"text_config": text_config}, **ids)
+    return Qwen2_5OmniThinkerForConditionalGeneration(config)
 
 
 # ---------------------------------------------------------------------------------------------- the judge

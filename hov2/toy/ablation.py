@@ -86,7 +86,7 @@ def run_step(step, places, variant, seed, quick, judge_url):
     done.unlink(missing_ok=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     config = json.loads((toy.CONFIGS / f"{step}.json").read_text())
-    named = {key: config[key] for key in ("model", "output_dir", "data", "filter") if key in config}
+    named = {option: config[option] for option in ("model", "output_dir", "data", "filter") if option in config}
     text = json.dumps(named | toy.settings_of(step, variant, seed, quick, judge_url))
     for name, place in (places | {"world": folder.parents[1] / "world"}).items():
         text = text.replace(f'"{toy.ROOT / name}', f'"{place}')
