@@ -426,8 +426,7 @@ def settings_of(step, variant, seed, quick, judge_url):
 def read_predictions(path):
     """{data file's name: its predictions} of an evaluation."""
     by_file = {}
-    for line in path.read_text().splitlines():
-        prediction = json.loads(line)
+    for prediction in map(json.loads, path.read_text().splitlines()):
         by_file.setdefault(Path(prediction["source"]).stem, []).append(prediction)
     return by_file
 
@@ -435,20 +434,13 @@ def read_predictions(path):
 def scores_of(predictions):
     """Accuracy, format and context score over the main types, and accuracy by problem type."""
     main = [p for p in predictions if p["problem_type"] in MAIN_TYPES]
-    kinds = {kind: [p for p in predictions if p["problem_type"] == kind] for kind in QUESTIONS}
-    return {"questions": len(main), **{name: _mean(main, name) for name in SCORES},
-            "by_problem_type": {kind: _mean(of_kind, "accuracy") for kind, of_kind in kinds.items()}}
+    return {"questions": len(main), **{name: mean(p[name] for p in main) for name in SCORES},
+            "by_problem_type": {kind: mean(p["accuracy"] for p in predictions if p["problem_type"] == kind)
+                                for kind in QUESTIONS}}
 
 
 def swap_scores(predictions, sense):
     """Of the intent questions whose clips got another sound or picture: how many answers changed to what then fits."""
-    before = {p["id"]: p["answer"] for p in predictions["eval"]}
-    after = predictions[f"swapped_{sense}"]
+    before, after = {p["id"]: p["answer"] for p in predictions["eval"]}, predictions[f"swapped_{sense}"]
     fits = [p["accuracy"] == 1 and p["answer"] != before[p["id"].removeprefix(f"swapped-{sense}-")] for p in after]
-    share = round(sum(fits) / len(fits), 4)
-    return {"questions": len(after), "format": _mean(after, "format"), "changed_to_fit": share}
-
-
-def _mean(predictions, name):
-    value = mean(p[name] for p in predictions)
-    return None if value is None else round(value, 4)
+    return {"questions": len(after), "format": mean(p["format"] for p in after), "changed_to_fit": mean(fits)}
