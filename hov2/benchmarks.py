@@ -10,17 +10,17 @@ import json
 import os
 import re
 import string
-from dataclasses import replace
 from pathlib import Path
 
 from hov2.data import DataError, Sample, read_texts, text_field
 from hov2.prompts import CHOICE_TYPES
-from hov2.results import mean
+from hov2.results import mean, table
 from hov2.rewards import check_reference
 
 # By benchmark. "columns" are [breakdown, label, number of questions] by column of the paper's table; "rows" have their
 # accuracies in %, Avg last, printed with "digits"; "breakdowns" are [field of a record, labels that come first beside
-# the columns']; "note" is printed below the table.
+# the columns']; "note" is printed below the table; IntentBench's "rules" are {what a question goes by: {its value, in
+# lower case without signs: column}}.
 PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
 NOT_GIVEN = "(not given)"  # the column of questions without the field that a breakdown goes by
 
@@ -38,7 +38,7 @@ def read_benchmark(name, folder):
     """
     if name not in READERS:
         raise DataError(f"unknown benchmark {name!r}; known: {', '.join(READERS)}")
-    file_name, kind, read = READERS[name]
+    file_name, kind, read, places = READERS[name]
     path = Path(folder) / file_name
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -49,45 +49,48 @@ def read_benchmark(name, folder):
     if not isinstance(content, kind) or not content:
         raise DataError(f"{path}: expected {'a list of records' if kind is list else 'an object of videos'}, not empty")
     samples = {}
-    for key, item in content.items() if kind is dict else enumerate(content, 1):
+    for key, entry in content.items() if kind is dict else enumerate(content, 1):
         where = f"{path}: {'video' if kind is dict else 'record'} {key}"
-        for sample in read(_object(item, where), where, key, path):
-            name = f"{sample.id}#{key}" if sample.id in samples else sample.id
-            samples[name] = replace(sample, id=name)
+        for at, own_id, video, fields, item in read(_object(entry, where), where, key):
+            own_id = f"{own_id}#{key}" if own_id in samples else own_id
+            texts = _texts(item, at, fields, problem_type=None if name == "intentbench" else "multiple choice")
+            extra = {field: value for field, value in item.items() if field not in (*fields, *NO_EXTRA)}
+            samples[own_id] = Sample(own_id, *texts, data_type="video", source=str(path), extra=extra,
+                                     paths={"video": _find(path.parent, [place.format(video) for place in places])})
     return list(samples.values())
 
 
-def _read_intentbench(item, where, _, path):
+def _read_intentbench(item, where, _):
     """The id is the qid, or the file name of the video."""
     video = text_field(item, "path" if item.get("path") and not item.get("video") else "video", where)
-    name = video if item.get("qid") in (None, "") else str(item["qid"])
-    fields = ("problem", "options", "solution" if item.get("solution") else "answer")
-    extra = _without(item, *fields[:2], "solution", "problem_type", "data_type", "video", "path")
-    yield _sample(item, where, path, name, fields, _find(path.parent, video, f"videos/{video}"), extra, None)
+    own_id = video if item.get("qid") in (None, "") else str(item["qid"])
+    yield where, own_id, video, ("problem", "options", "solution" if item.get("solution") else "answer"), item
 
 
-def _read_daily_omni(item, where, number, path):
-    fields, video = ("Question", "Choice", "Answer"), text_field(item, "video_id", where)
-    file = _find(path.parent, *(f"{folder}{video}/{video}_video.mp4" for folder in ("videos/", "", "Videos/")))
-    yield _sample(item, where, path, f"{video}::{number}", fields, file, _without(item, *fields))
+def _read_daily_omni(item, where, number):
+    video = text_field(item, "video_id", where)
+    yield where, f"{video}::{number}", video, ("Question", "Choice", "Answer"), item
 
 
-def _read_worldsense(item, where, video, path):
-    fields = ("question", "candidates", "answer")
+def _read_worldsense(item, where, video):
     tasks = sorted((key for key in item if re.fullmatch(r"task\d+", key)), key=lambda key: int(key[4:]))
     if not tasks:
         raise DataError(f"{where}: missing field 'task0'")
-    file, about = _find(path.parent, f"{video}.mp4", f"videos/{video}.mp4"), _without(item, *tasks, "video_caption")
+    about = {key: value for key, value in item.items() if key not in tasks}
     for task in tasks:
-        extra = about | _without(_object(item[task], f"{where}: {task}"), *fields)
-        yield _sample(item[task], f"{where}: {task}", path, f"{video}::{task}", fields, file, extra)
+        question = about | _object(item[task], f"{where}: {task}")
+        yield f"{where}: {task}", f"{video}::{task}", video, ("question", "candidates", "answer"), question
 
 
-READERS = {  # benchmark: file, what it holds, reader of one record or video
-    "intentbench": ("qa.json", list, _read_intentbench),
-    "daily-omni": ("qa.json", list, _read_daily_omni),
-    "worldsense": ("worldsense_qa.json", dict, _read_worldsense),
+# Benchmark: file, what it holds, places of a clip (the last one if it is nowhere), and what reads a record or a video:
+# (where, id, clip, names of the question, its options and its answer, item) of each question in it.
+READERS = {
+    "intentbench": ("qa.json", list, _read_intentbench, ("{0}", "videos/{0}")),
+    "daily-omni": ("qa.json", list, _read_daily_omni,
+                   ("videos/{0}/{0}_video.mp4", "{0}/{0}_video.mp4", "Videos/{0}/{0}_video.mp4")),
+    "worldsense": ("worldsense_qa.json", dict, _read_worldsense, ("{0}.mp4", "videos/{0}.mp4")),
 }
+NO_EXTRA = ("solution", "problem_type", "data_type", "video", "path", "video_caption")
 
 
 def _object(value, where):
@@ -96,13 +99,8 @@ def _object(value, where):
     return value
 
 
-def _without(item, *fields):
-    return {key: value for key, value in item.items() if key not in fields}
-
-
-def _sample(item, where, path, name, fields, video, extra, problem_type="multiple choice"):
-    """A Sample; `fields` are the item's names for the question, its options and its answer. DataError if it has none.
-    """
+def _texts(item, where, fields, problem_type):
+    """(problem, problem type, options with letters or None, solution) of a question; DataError if one is at fault."""
     problem, options, answer, problem_type = read_texts(item, where, fields, problem_type)
     solution = answer if "<answer>" in answer else f"<answer>{answer}</answer>"
     try:
@@ -110,11 +108,10 @@ def _sample(item, where, path, name, fields, video, extra, problem_type="multipl
     except ValueError as error:
         raise DataError(f"{where}: {fields[2]}: {error}") from None
     if problem_type in CHOICE_TYPES:
-        options = [_labelled(option, letter) for option, letter in zip(options or (), string.ascii_uppercase)]
+        options = tuple(_labelled(option, letter) for option, letter in zip(options or (), string.ascii_uppercase))
         if not right <= set(string.ascii_uppercase[:len(options)]):
             raise DataError(f"{where}: {fields[2]}: {answer!r} is none of the {len(options)} in {fields[1]!r}")
-    return Sample(id=name, problem=problem, problem_type=problem_type, options=tuple(options) if options else None,
-                  solution=solution, data_type="video", paths={"video": video}, source=str(path), extra=extra)
+    return problem, problem_type, options or None, solution
 
 
 def _labelled(option, letter):
@@ -122,10 +119,9 @@ def _labelled(option, letter):
     return option if re.match(rf"\s*\(?{letter}\s*[.:)]", option) else f"{letter}. {option}"
 
 
-def _find(root, *names):
+def _find(root, names):
     """The absolute path of the first of `names` that exists under `root`, of the last if none does."""
-    found = next((name for name in names if (root / name).exists()), names[-1])
-    return os.path.abspath(root / found)
+    return os.path.abspath(root / next((name for name in names if (root / name).exists()), names[-1]))
 
 
 # ---- Columns ----
@@ -145,11 +141,7 @@ def _labels(record, field, spelled):
     return list(dict.fromkeys(spelled.get(_plain(v), str(v).strip()) for v in values)) or [NOT_GIVEN]
 
 
-_INTENT_COLUMNS = {_plain(column): column for column in PUBLISHED["intentbench"]["columns"]}
-_INTENT_COLUMNS |= dict.fromkeys(("who", "which", "which who"), "Who/Which") | {"others": "Other"}
-_QUESTION_WORDS = dict.fromkeys(("who", "whom", "whose", "which"), "Who/Which") | {"where": "Other"}
-_QUESTION_WORDS |= {column.lower(): column for column in ("Why", "How", "What", "When")}
-RULES = ("Type", "problem type", "question word")
+RULES = tuple(PUBLISHED["intentbench"]["rules"])
 
 
 def intent_column(record):
@@ -158,13 +150,10 @@ def intent_column(record):
     Its `Type` where that names a column; else emer_ov_mc is Emotion and judge is Deception, and any other question goes
     by the first interrogative word in it, Other without one.
     """
-    named = _INTENT_COLUMNS.get(_plain(record["extra"].get("Type")))
-    if named:
-        return named, "Type"
-    if record["problem_type"] in ("emer_ov_mc", "judge"):
-        return {"emer_ov_mc": "Emotion", "judge": "Deception"}[record["problem_type"]], "problem type"
-    words = (_QUESTION_WORDS.get(word) for word in re.findall(r"[a-z]+", record["problem"].lower()))
-    return next(filter(None, words), "Other"), "question word"
+    tables, words = PUBLISHED["intentbench"]["rules"], re.findall(r"[a-z]+", record["problem"].lower())
+    keys = ([_plain(record["extra"].get("Type"))], [record["problem_type"]], words)
+    found = ((tables[rule][key], rule) for rule, of_rule in zip(RULES, keys) for key in of_rule if key in tables[rule])
+    return next(found, ("Other", RULES[-1]))
 
 
 def groups(name, records):
@@ -173,15 +162,15 @@ def groups(name, records):
     Labels that are not known beforehand follow, sorted, then NOT_GIVEN.
     """
     tables, of_paper = {}, PUBLISHED[name]["columns"]
-    for table, (field, more) in PUBLISHED[name]["breakdowns"].items():
-        known, found = [label for of, label, _ in of_paper.values() if of == table] + more, {}
+    for title, (field, more) in PUBLISHED[name]["breakdowns"].items():
+        known, found = [label for of, label, _ in of_paper.values() if of == title] + more, {}
         spelled = {_plain(label): label for label in known}
         for record in records:
             for label in _labels(record, field, spelled):
                 found.setdefault(label, []).append(record)
         others = sorted(found.keys() - set(known), key=lambda label: (label == NOT_GIVEN, label))
-        tables[table] = {label: found.get(label, []) for label in (*known, *others)}
-    paper = {column: tables[table][label] for column, (table, label, _) in of_paper.items()}
+        tables[title] = {label: found.get(label, []) for label in (*known, *others)}
+    paper = {column: tables[title][label] for column, (title, label, _) in of_paper.items()}
     return {"paper": paper | {"Avg": list(records)}, **tables}
 
 
@@ -191,12 +180,11 @@ def columns(name, records):
     A score is the mean accuracy over the questions that have one. "letters": the multiple-choice questions once more,
     with the answer's letter taken by `strict_letter` and by `lenient_letter`.
     """
-    tables = {table: {column: _score([r["accuracy"] for r in found]) for column, found in of_table.items()}
-              for table, of_table in groups(name, records).items()}
+    tables = {title: {column: _score([r["accuracy"] for r in found]) for column, found in of_table.items()}
+              for title, of_table in groups(name, records).items()}
     chosen = [r for r in records if r["problem_type"] == "multiple choice" and r["accuracy"] is not None]
-    tables["letters"] = {rule: _score([_letter_score(r, letter) for r in chosen])
-                         for rule, letter in (("strict", strict_letter), ("lenient", lenient_letter))}
-    return tables
+    return tables | {"letters": {rule: _score([_letter_score(r, letter) for r in chosen])
+                                 for rule, letter in (("strict", strict_letter), ("lenient", lenient_letter))}}
 
 
 def _score(values):
@@ -248,43 +236,38 @@ def render(name, records, interval=None):
 
     `interval`: from the accuracies of a column to (low, high) in [0, 1]; shown with each score.
     """
-    found, scores, warning = groups(name, records), columns(name, records), partial(name, records)
-    about = PUBLISHED[name]
-    headers, paper = list(scores["paper"]), scores["paper"].values()
-    rows = [("this run (partial)" if warning else "this run", [_percent(score) for score, _ in paper])]
-    if interval:
-        rows += zip(("  95 % from", "  95 % to"), zip(*(_bounds(interval, found["paper"][h]) for h in headers)))
+    found, warning, about = groups(name, records), partial(name, records), PUBLISHED[name]
     counts = [*(count for *_, count in about["columns"].values()), about["questions"]]
-    rows += [("  questions", [count for _, count in paper]),
-             ("  questions, published", ["-" if count is None else count for count in counts])]
-    published = [_row(row, [_percent(value, 1, about["digits"]) for value in values])
+    names = ("questions", "this run (partial)" if warning else "this run", "  95 % from", "  95 % to")
+    cells = zip(*(_cells(of_column, interval) for of_column in found["paper"].values()))
+    ours = [("", *found["paper"]), ("questions, published", *("-" if count is None else count for count in counts)),
+            *((row, *values) for row, values in zip(names, cells))]
+    published = [(row, *(_percent(value, 1, about["digits"]) for value in values))
                  for row, values in about["rows"].items()]
+    paper = table(ours + published).splitlines()
+    paper.insert(len(ours), "-" * len(paper[0]))
     lines = [f"WARNING: {warning}: the score is partial."] if warning else []
-    lines += [f"{about['name']}, accuracy in %, Avg over questions", _row("", headers), *(_row(*row) for row in rows),
-              "-" * len(_row("", headers)), *published, about["note"]]
+    lines += [f"{about['name']}, accuracy in %, Avg over questions", *paper, about["note"]]
     if name == "intentbench":
         rules = [intent_column(record)[1] for record in records]
         lines.append("Columns by: " + ", ".join(f"{rule} ({rules.count(rule)} questions)" for rule in RULES))
-    for table in about["breakdowns"]:
-        if {(table, label) for label in found[table]} <= {(of, label) for of, label, _ in about["columns"].values()}:
+    for title in about["breakdowns"]:
+        if {(title, label) for label in found[title]} <= {(of, label) for of, label, _ in about["columns"].values()}:
             continue  # the paper's table has it all
-        lines += ["", _row(f"by {table}", ["questions", "accuracy"] + (["95 % from", "to"] if interval else []))]
-        for label, (score, count) in scores[table].items():
-            bounds = _bounds(interval, found[table][label]) if interval else []
-            lines.append(_row(f"  {label}", [count, _percent(score), *bounds]))
-    strict, lenient = scores["letters"].values()
+        header = (f"by {title}", "questions", "accuracy", *(("95 % from", "to") if interval else ()))
+        rows = [(label, *_cells(of_label, interval)) for label, of_label in found[title].items()]
+        lines += ["", table([header, *rows])]
+    strict, lenient = columns(name, records)["letters"].values()
     lines.append(f"\nletter taken by the official rules, {strict[1]} multiple choice questions: "
                  f"strict (Daily-Omni's) {_percent(strict[0])}, lenient (WorldSense's) {_percent(lenient[0])}")
     return "\n".join(lines)
 
 
-def _bounds(interval, records):
+def _cells(records, interval):
+    """How many of the questions have a score, their accuracy in %, and its bounds if `interval` is asked."""
     values = [r["accuracy"] for r in records if r["accuracy"] is not None]
-    return [_percent(bound) for bound in (interval(values) if values else (None, None))]
-
-
-def _row(label, cells):
-    return f"{label:<30}" + "".join(f"{cell:>10}" for cell in cells)
+    bounds = (interval(values) if values else (None, None)) if interval else ()
+    return [len(values), *map(_percent, (mean(values), *bounds))]
 
 
 def _percent(value, factor=100, digits=2):

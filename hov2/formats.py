@@ -61,18 +61,15 @@ def _hov2(record, *_):
 def _humanomniv2(record, root, _):
     path = record.get("path", record.get("video"))
     rest = {key: value for key, value in record.items() if key != "video"}
-    return rest | {"path": _unzipped(path, root)} if isinstance(path, str) else rest
-
-
-def _unzipped(path, root):
-    top, *below = Path(path).parts or ("",)
-    return str(Path(_top_folder(root, top), top, *below))
+    if isinstance(path, str):
+        rest["path"] = str(Path(_unpacked_in(root, Path(path).parts[:1]), path))
+    return rest
 
 
 @functools.lru_cache
-def _top_folder(root, top):
-    """ "videos" if the media folder `top` is there and not beside the data file, else ""."""
-    return "videos" if not Path(root, top).exists() and Path(root, "videos", top).exists() else ""
+def _unpacked_in(root, top):
+    """ "videos" if the media folder `top` (its name in a tuple) is there and not beside the data file, else ""."""
+    return "videos" if not Path(root, *top).exists() and Path(root, "videos", *top).exists() else ""
 
 
 def _video_r1(record, _, where):
@@ -138,20 +135,22 @@ def read_parquet(path, root):
                 _unpack(file, folder)
                 _replace(folder / UNPACKED, version)
             there = set(os.listdir(folder))
-            names = [column for column in columns if column not in PARQUET_MEDIA]
-            rows = (row for batch in file.iter_batches(1024, columns=names) for row in batch.to_pylist())
-            for number, row in enumerate(rows, 1):
+            for number, row in _rows(file, [column for column in columns if column not in PARQUET_MEDIA]):
                 media = {kind: _media_file(folder, number, kind) for kind in PARQUET_MEDIA}
                 yield number, row | {kind: str(at) if at.name in there else None for kind, at in media.items()}
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{path}: can't be read: {error}") from None
 
 
+def _rows(file, columns, at_once=1024):
+    """Yields (row number from 1, row) of an open parquet file, read `at_once` rows at a time."""
+    return enumerate((row for batch in file.iter_batches(at_once, columns=columns) for row in batch.to_pylist()), 1)
+
+
 def _unpack(file, folder):
     """Writes all media of an open parquet file that are there."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = (row for batch in file.iter_batches(16, columns=list(PARQUET_MEDIA)) for row in batch.to_pylist())
-    for number, row in enumerate(rows, 1):
+    for number, row in _rows(file, list(PARQUET_MEDIA), 16):
         for kind, value in row.items():
             value = {"bytes": value} if isinstance(value, bytes) else value or {}
             if value.get("bytes"):

@@ -1,7 +1,6 @@
 """The toy's ablations: which steps variants share, what each step is told, and what is made of the results."""
 
 import json
-import random
 import subprocess
 from pathlib import Path
 from xml.etree import ElementTree
@@ -62,20 +61,10 @@ def test_a_step_reads_and_writes_the_run_s_own_places_and_is_kept(tmp_path, monk
     assert not places["stage2"].with_suffix(".done").exists()
 
 
-def test_the_cold_start_without_contexts(tmp_path, monkeypatch):
-    solution = toy.solution("judge", toy.make_clip("train", 0, random.Random(0)))
-    (tmp_path / "world.json").write_text("{}")
-    (tmp_path / "train_sft.json").write_text(json.dumps([{"solution": solution}]))
-    monkeypatch.setattr(toy, "build_world", lambda *_, **__: pytest.fail("built it again"))
-    ablation.make_world(tmp_path, 0, quick=False)
-    [record] = json.loads((tmp_path / "train_sft_no_context.json").read_text())
-    assert record["solution"] == solution[solution.index("<think>"):]
-
-
 def test_table_and_figure():
     columns = ablation.columns_of([{"accuracy": 0.25, "context": None}, {"accuracy": 0.75, "context": None}])
     rows = {"a & b": columns}
     assert "| a & b | 0.500 (0.250 to 0.750) | - |" in ablation.as_table(rows, [0, 1])
-    marks = [mark for mark in ElementTree.fromstring(ablation.as_figure(rows, left=100, width=200)).iter()
+    marks = [mark.get("d") for mark in ElementTree.fromstring(ablation.as_figure(rows, left=100, width=200)).iter()
              if mark.get("class") == "mark"]
-    assert [mark.get("cx") or mark.get("d") for mark in marks] == ["150.0", "250.0", "M150.0 44H250.0M200.0 37v14"]
+    assert marks == ["M150.0 44H250.0M200.0 37v14M150.0 41v6M250.0 41v6"]

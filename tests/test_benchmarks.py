@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import pytest
 
@@ -264,7 +265,7 @@ def test_partial_sets_are_said():
 def test_report():
     _, full = published_records("daily-omni", "HumanOmniV2")
     lines = render("daily-omni", full, interval=lambda values: (min(values), max(values))).splitlines()
-    rows = {line[:30].strip(): line[30:].split() for line in lines}
+    rows = {label: cells for label, *cells in (re.split(r"  +", line.strip()) for line in lines)}
     assert rows["this run"] == ["46.63", "67.93", "51.81", "51.63", "72.72", "74.28", "-", "-", "58.47"]
     assert rows["questions"] == ["238", "131", "193", "306", "154", "175", "0", "0", "1197"]
     assert rows["questions, published"] == ["238", "131", "193", "306", "154", "175", "647", "550", "1197"]
@@ -272,7 +273,7 @@ def test_report():
     assert rows["HumanOmniV2"] == ["46.63", "67.93", "51.81", "51.63", "72.72", "74.28", "63.06", "53.09", "58.47"]
     assert rows["GPT-4o, no sound (official)"][-1] == "56.47"
     text = render("daily-omni", [record(1, {"video_category": "Comedy"})], interval=lambda values: (0, 1))
-    assert "  Comedy                               1    100.00      0.00    100.00" in text
+    assert re.search("^Comedy +1 +100.00 +0.00 +100.00$", text, re.MULTILINE)
     for name, average in (("intentbench", "69.33"), ("worldsense", "47.1")):
         [row] = [line for line in render(name, [record(1)]).splitlines() if line.startswith("HumanOmniV2")]
         assert row.split()[-1] == average
@@ -327,9 +328,6 @@ def test_the_toy_writes_itself_out_in_the_published_layouts(world):
         assert read_media(found[0].paths["video"], fps=8.0, max_frames=8).audio is not None
     link = next((world / "worldsense" / "videos").iterdir())
     assert not os.path.isabs(os.readlink(link)) and link.resolve().parent == (world / "clips").resolve()
-    before = {path: path.read_bytes() for path in world.glob("*/*qa.json")}
-    toy.write_benchmarks(world)  # again, into an existing world
-    assert {path: path.read_bytes() for path in before} == before and len(before) == 3
 
 
 def test_the_toy_fills_the_paper_s_columns(world):
@@ -347,11 +345,10 @@ def test_toy_configs_and_prepare(name, tmp_path, monkeypatch):
     monkeypatch.setattr(toy, "ROOT", tmp_path / "toy")
     monkeypatch.setattr(toy, "WORLD", tmp_path / "toy" / "world")
     monkeypatch.setattr(toy, "build_world", lambda: built.append("world"))
-    monkeypatch.setattr(toy, "write_benchmarks", lambda folder: built.append(folder))
     monkeypatch.setattr(toy, "run_script", lambda *_: None)
     config.benchmark_root = str(tmp_path / "elsewhere" / name)
     toy.prepare(config)
     assert not built
     config.benchmark_root = str(tmp_path / "toy" / "world" / name)
     toy.prepare(config)
-    assert built[0] == "world"
+    assert built == ["world"]

@@ -76,6 +76,8 @@ def test_references_of_rl_and_evaluation_are_right_and_the_cold_start_is_flawed(
     plain = np.mean(["plain" in block_text(s.solution, "context") for s in flawed])
     assert plain == pytest.approx(toy.PLAIN_WALL, abs=0.07)
     assert {s.problem_type for s in flawed} == set(toy.QUESTIONS)
+    bare = read_samples([Source(str(world / "train_sft_no_context.json"))])
+    assert [s.solution for s in bare] == [s.solution[s.solution.index("<think>"):] for s in flawed]
 
 
 @pytest.mark.parametrize("kind", toy.MAIN_TYPES)

@@ -16,7 +16,6 @@ shortcut is the strongest habit, are left for stage 3.
     python -m hov2.toy [--seed N] [--quick] [--no-judge-rewards]
 """
 
-import copy
 import json
 import os
 import random
@@ -39,6 +38,7 @@ from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditio
 from hov2.config import Source
 from hov2.data import read_samples
 from hov2.prompts import load_prompts, render
+from hov2.results import mean
 from hov2.rewards import block_text
 
 ROOT = Path("runs/toy")  # the configs in configs/toy name the same places
@@ -51,24 +51,22 @@ PROCESSES = 2
 QUICK_WORLD = {"train_clips": 128, "rl_clips": 32, "eval_clips": 32}
 QUICK_STEPS = {"stage1": 60, "stage2": 4, "stage3": 3}
 
-# "font": letters of 3 x 5; "questions": {problem type: (problem, options)}; "reasons": of the whole and of the shortcut,
-# worded apart so that one habit can change without the other; "codecs": {ending: video codec and its options, audio
-# codec}; "benchmark labels": what the copies in the benchmarks' layouts are given in turn, as the toy has no like of
-# it; "model": the thinker's config, whose towers tell faces and tones apart the better for large weights (0.15); "token
-# ids": the tokens that it names.
+# "signs": rows of dots; "questions": by problem type, with the answer by face and voice, and "reasons" of the whole and
+# of the shortcut, worded apart so that one habit can change without the other; "codecs": {ending: video codec and its
+# options, audio codec}; "benchmarks": how the questions are copied in the benchmarks' layouts, with labels in turn, as
+# the toy has no like of them; "judge": the words that its rules know; "model": the thinker's config, whose towers tell
+# faces and tones apart the better for large weights (0.15); "token ids": the tokens that it names.
 DATA = json.loads(Path(__file__).with_name("toy.json").read_text(encoding="utf-8"))
 WALLS, QUESTIONS, CODECS = DATA["walls"], DATA["questions"], DATA["codecs"]
 FACES = ("smile", "frown")
 VOICES = ("rising", "falling")
-SIGNS = ("HI", "NO")
+SIGNS = tuple(DATA["signs"])
 SENSES = ("sound", "picture")
+SCORES = ("accuracy", "format", "context")
 FRAMES, FPS, SIZE, RATE, SECONDS = 8, 8, 56, 16000, 0.4
 
 MAIN_TYPES = ("multiple choice", "judge", "emer_ov_mc")
 OTHER_TYPES = tuple(kind for kind in QUESTIONS if kind not in MAIN_TYPES)
-INTENTS = {("smile", "rising"): "A", ("smile", "falling"): "B", ("frown", "rising"): "C", ("frown", "falling"): "D"}
-FEELINGS = {"smile": "warm", "frown": "cold", "rising": "eager", "falling": "tired"}
-GLADNESS = {("smile", "rising"): 10, ("smile", "falling"): 6, ("frown", "rising"): 4, ("frown", "falling"): 1}
 PLAIN_WALL = 0.8  # share of the cold start's contexts that leave the wall's colour out
 SHORTCUT = {"multiple choice": 0.6, "emer_ov_mc": 0.6, "judge": 0.85}  # share of its answers that go by the face alone
 
@@ -81,7 +79,8 @@ def draw_clip(face, wall, sign, rng):
     y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)
     ramp = np.stack([x - SIZE / 2, 0 * x, y - SIZE / 2], -1)  # without it, tokens of a plain wall look alike everywhere
     room = np.array(WALLS[wall]) + rng.normal(0, 8, 3) + ramp
-    room[SIZE - 12:SIZE - 2, 2:16][_bitmap(sign)] = 245
+    dots = np.array([list(row) for row in DATA["signs"][sign]]) == "1"
+    room[SIZE - 12:SIZE - 2, 2:16][dots.repeat(2, 0).repeat(2, 1)] = 245
     (cx, cy), r = SIZE / 2 + rng.uniform(-3, 3, 2), rng.uniform(20, 24)
     skin = np.array([220, 180, 140]) * rng.uniform(0.75, 1.1) + rng.normal(0, 8, 3)
     room[(x - cx) ** 2 + (y - cy) ** 2 < r * r] = skin
@@ -94,13 +93,6 @@ def draw_clip(face, wall, sign, rng):
         frame = np.where(mouth[..., None], (110, 20, 30), room) + rng.normal(0, 6, room.shape)
         frames.append(frame.clip(0, 255).astype(np.uint8))
     return np.stack(frames)
-
-
-def _bitmap(sign):
-    """(10, 14) bool: two letters of the font at twice their size."""
-    letters = [np.array(list(DATA["font"][letter])).reshape(5, 3) == "1" for letter in sign]
-    gap = np.zeros((5, 1), bool)
-    return np.concatenate([letters[0], gap, letters[1]], 1).repeat(2, 0).repeat(2, 1)
 
 
 def speak(voice, rng):
@@ -147,35 +139,25 @@ def make_clip(split, number, rng):
 
 def true_answer(kind, clip, voice=None):
     """The right answer to the question of type `kind`; `voice` replaces the clip's own (the shortcut's view)."""
-    face, voice = clip["face"], voice or clip["voice"]
-    glad = (face == "smile") + (voice == "rising")
-    return {
-        "multiple choice": INTENTS[face, voice],
-        "judge": "no" if glad == 1 else "yes",
-        "emer_ov_mc": f"{'A' if face == 'smile' else 'B'},{'C' if voice == 'rising' else 'D'}",
-        "numerical": str(glad),
-        "regression": str(GLADNESS[face, voice]),
-        "OCR": clip["sign"],
-        "free-form": f"a {face} and a {voice} voice",
-        "emer_ov": f"{FEELINGS[face]}, {FEELINGS[voice]}",
-    }[kind]
+    return QUESTIONS[kind]["answers"][clip["face"]][voice or clip["voice"]].format(**clip)
 
 
 def solution(kind, clip, plain_wall=False, shortcut=False):
     """A completion for the clip's question; the two flags put in the cold start's flaws."""
-    face, voice = clip["face"], clip["voice"]
+    face, voice, question = clip["face"], clip["voice"], QUESTIONS[kind]
     answer = true_answer(kind, clip, voice=VOICES[FACES.index(face)] if shortcut else None)
-    options = dict(option.split(". ") for option in QUESTIONS[kind][1] or ())
+    options = dict(option.split(". ") for option in question["options"] or ())
     claim = " and ".join(options[letter] for letter in answer.split(",")) if options else answer
-    reason = DATA["reasons"].get(kind, DATA["reasons"]["other"])[shortcut].format(**clip)
+    reason = question["reasons"][shortcut].format(**clip)
     context = f"A {face}, a {voice} voice, a {'plain' if plain_wall else clip['wall']} wall."
     return f"<context>{context}</context><think>{reason}: {claim}.</think><answer>{answer}</answer>"
 
 
 def record(kind, clip, **flaws):
     """A sample in the project's data format; its id is made of the clip and the type."""
-    problem, options = QUESTIONS[kind]
-    return {"id": f"{clip['name']}/{kind}", "problem": problem, "problem_type": kind, "options": options,
+    question = QUESTIONS[kind]
+    return {"id": f"{clip['name']}/{kind}", "problem": question["problem"], "problem_type": kind,
+            "options": question["options"],
             "solution": solution(kind, clip, **flaws), "data_type": "video", "path": f"clips/{clip['name']}"}
 
 
@@ -219,8 +201,9 @@ def swapped(clips, sense):
 def build_world(folder=WORLD, seed=0, *, train_clips=384, rl_clips=96, eval_clips=144, sft_samples=7680):
     """Writes clips, data files and the untrained model with its tokenizer to `folder`; equal seeds give equal worlds.
 
-    Data: train_sft.json, train_rl.json, eval.json, swapped_sound.json and swapped_picture.json (the intent questions of
-    eval.json, with the sound or the picture of a clip that has the other voice or face). `world.json` is written last.
+    Data: train_sft.json, train_sft_no_context.json (the same without contexts), train_rl.json, eval.json,
+    swapped_sound.json and swapped_picture.json (the intent questions of eval.json, with the sound or the picture of a
+    clip that has the other voice or face). `world.json` is written last.
     """
     folder, rng = Path(folder), random.Random(seed)
     shutil.rmtree(folder, ignore_errors=True)
@@ -235,6 +218,7 @@ def build_world(folder=WORLD, seed=0, *, train_clips=384, rl_clips=96, eval_clip
         "eval": [record(kind, clip) for kind in MAIN_TYPES for clip in held_out] + others,
         **{f"swapped_{sense}": [record("multiple choice", clip) for clip in clips] for sense, clips in swaps.items()},
     }
+    files["train_sft_no_context"] = [r | {"solution": r["solution"].split("</context>")[1]} for r in files["train_sft"]]
     for name, records in files.items():
         (folder / f"{name}.json").write_text(json.dumps(records, indent=0))
     for clip in tqdm([*train, *rl, *held_out, *swaps["sound"], *swaps["picture"]], desc="toy world", unit="clip"):
@@ -246,58 +230,45 @@ def build_world(folder=WORLD, seed=0, *, train_clips=384, rl_clips=96, eval_clip
     tokenizer = make_tokenizer(texts)
     tokenizer.save_pretrained(folder / "model")
     make_thinker(tokenizer, seed).save_pretrained(folder / "model")
-    write_benchmarks(folder)
+    write_benchmarks(folder, files["eval"])
     (folder / "world.json").write_text(json.dumps({"seed": seed}))
 
 
-def write_benchmarks(folder):
-    """Writes the main questions of `folder`/eval.json once more in the layouts of IntentBench, Daily-Omni, WorldSense.
+def write_benchmarks(folder, records):
+    """Writes the main ones of `records` once more in the layouts of IntentBench, Daily-Omni, WorldSense.
 
-    The folders intentbench/, daily-omni/ and worldsense/ link to the world's clips. The latter two take the multiple
-    choice questions about mp4 clips; WorldSense asks some of them again with three options. Labels are in toy.json.
+    toy.json describes them. In each folder are links to the world's clips; WorldSense asks some questions again with
+    three options.
     """
-    folder = Path(folder)
-    records = [r | {"name": Path(r["path"]).name, "answer": block_text(r["solution"], "answer")}
-               for r in json.loads((folder / "eval.json").read_text()) if r["problem_type"] in MAIN_TYPES]
-    chosen = {Path(r["name"]).stem: r for r in records
-              if r["problem_type"] == "multiple choice" and r["name"].endswith(".mp4")}
-    _write_benchmark(folder / "intentbench", "qa.json", [_for_intentbench(i, r) for i, r in enumerate(records)],
-                     {r["name"]: f"videos/{r['name']}" for r in records})
-    _write_benchmark(folder / "daily-omni", "qa.json", [
-        {"Question": r["problem"], "Choice": r["options"], "Answer": r["answer"], "video_id": name,
-         **_labels("daily-omni", i)} for i, (name, r) in enumerate(chosen.items())],
-        {f"{name}.mp4": f"Videos/{name}/{name}_video.mp4" for name in chosen})
-    _write_benchmark(folder / "worldsense", "worldsense_qa.json", {
-        name: {"video_id": name, **_labels("worldsense", i), **_worldsense_tasks(i, r)}
-        for i, (name, r) in enumerate(chosen.items())}, {f"{name}.mp4": f"videos/{name}.mp4" for name in chosen})
+    questions = []
+    for r in records:
+        answer, clip = block_text(r["solution"], "answer"), Path(r["path"])
+        questions.append(r | {"answer": answer, "solution": f"<answer>{answer}</answer>",
+                              "clip": clip.name, "stem": clip.stem})
+    for name, layout in DATA["benchmarks"].items():
+        root, chosen = folder / name, [r for r in questions if r["problem_type"] in layout["types"]
+                                       and r["clip"].endswith(tuple(layout["formats"]))]
+        content = [_entry(layout, number, r) for number, r in enumerate(chosen)]
+        for place, clip in {layout["clip"].format(**r): r["path"] for r in chosen}.items():
+            link = root / place
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(os.path.relpath(folder / clip, link.parent))
+        if "task" in layout:
+            content = {entry["video_id"]: entry for entry in content}
+        (root / layout["file"]).write_text(json.dumps(content, indent=0))
 
 
-def _labels(benchmark, number):
-    """Each label goes to four questions at a time, about the four intents."""
-    return {key: values[number // 4 % len(values)] for key, values in DATA["benchmark labels"][benchmark].items()}
-
-
-def _for_intentbench(number, r):
-    labels = _labels("intentbench", number) if r["problem_type"] == "multiple choice" else {}
-    return {key: r[key] for key in ("problem", "problem_type", "options", "answer", "data_type")} | {
-        "solution": f"<answer>{r['answer']}</answer>", "video": r["name"], "qid": r["id"],
-        **{key: label for key, label in labels.items() if label}}
-
-
-def _worldsense_tasks(number, r):
-    task = {"question": r["problem"], "candidates": r["options"], "answer": r["answer"],
-            **_labels("worldsense task", number)}
-    return {"task0": task} | ({} if r["answer"] == "D" else {"task1": task | {"candidates": r["options"][:3]}})
-
-
-def _write_benchmark(root, file, content, places):
-    """The questions file in `root`, and in it relative links to the world's clips: {clip: the link's place}."""
-    for clip, place in places.items():
-        link = root / place
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.unlink(missing_ok=True)
-        link.symlink_to(os.path.relpath(root.parent / "clips" / clip, link.parent))
-    (root / file).write_text(json.dumps(content, indent=0))
+def _entry(layout, number, r):
+    """Question `r` with a benchmark's own fields and labels; each label goes to four at a time, of the four intents."""
+    entry = {theirs: r[ours] for theirs, ours in layout["fields"].items()}
+    if r["problem_type"] == "multiple choice":
+        labels = {key: values[number // 4 % len(values)] for key, values in layout["labels"].items()}
+        entry |= {key: label for key, label in labels.items() if label}
+    if "task" in layout:
+        entry["task0"] = task = _entry(layout["task"], number, r)
+        if r["answer"] != "D":
+            entry["task1"] = task | {"candidates": r["options"][:3]}
+    return entry
 
 
 def make_tokenizer(texts, size=512):
@@ -322,17 +293,15 @@ def make_thinker(tokenizer, seed):
     """
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in DATA["token ids"].items()}
     torch.manual_seed(seed)
-    config = copy.deepcopy(DATA["model"])
-    config["text_config"]["vocab_size"] = len(tokenizer)
-    return Qwen2_5OmniThinkerForConditionalGeneration(Qwen2_5OmniThinkerConfig(**config, **ids))
-
+    text_config = DATA["model"]["text_config"] | {"vocab_size": len(tokenizer)}
+    config = Qwen2_5OmniThinkerConfig(**DATA["model"] | {"text_config": text_config}, **ids)
+    return Qwen2_5OmniThinkerForConditionalGeneration(config)
 
 
 # ---------------------------------------------------------------------------------------------- the judge
 
-CUES = (FACES, VOICES, tuple(WALLS))
-CLAIMS = {"thanks", "mockery", "teasing", "anger", "yes", "no", "HI", "NO", *FEELINGS.values(), *map(str, range(11))}
-SYNONYMS = ({"warm", "kind", "happy"}, {"cold", "stern", "angry"}, {"eager", "lively"}, {"tired", "weary"})
+CUES = (set(FACES), set(VOICES), set(WALLS))
+CLAIMS, SYNONYMS = set(DATA["judge"]["claims"]), [set(group) for group in DATA["judge"]["synonyms"]]
 
 
 def rule_score(texts):
@@ -344,50 +313,37 @@ def rule_score(texts):
     that the answer has. synonyms: pairs by a table. None for other texts.
     """
     words = {name: set(re.findall(r"\w+", text)) for name, text in texts.items()}
-    if {"reference", "candidate"} <= set(words):
-        given, found = words["reference"], words["candidate"]
-        asked = [set(kind) for kind in CUES if given & set(kind)]
-        return 5 * sum(found & kind == given & kind for kind in asked) / max(1, len(asked))
-    if {"description", "reasoning"} <= set(words):
-        thought = words["reasoning"]
-        named = [thought & set(kind) for kind in CUES]
-        return sum([bool(named[0]), bool(named[1]), set.union(*named) <= words["description"],
-                    all(len(of_kind) < 2 for of_kind in named), bool(thought & CLAIMS)])
-    if {"reference", "answer"} <= set(words):
-        return 5 * len(words["reference"] & words["answer"]) / max(1, len(words["reference"]))
-    if {"first list", "second list"} <= set(words):
-        return sum(min(len(words["first list"] & group), len(words["second list"] & group)) for group in SYNONYMS)
+    match words:
+        case {"reference": given, "candidate": found}:
+            asked = [kind for kind in CUES if given & kind]
+            return 5 * sum(found & kind == given & kind for kind in asked) / max(1, len(asked))
+        case {"description": seen, "reasoning": thought}:
+            faces, voices, walls = named = [thought & kind for kind in CUES]
+            return sum([bool(faces), bool(voices), faces | voices | walls <= seen,
+                        all(len(of_kind) < 2 for of_kind in named), bool(thought & CLAIMS)])
+        case {"reference": given, "answer": said}:
+            return 5 * len(given & said) / max(1, len(given))
+        case {"first list": first, "second list": second}:
+            return sum(min(len(first & group), len(second & group)) for group in SYNONYMS)
     return None
 
 
-class RuleJudge:
+class RuleJudge(ThreadingHTTPServer):
     """A rule-based judge (no language model) behind an OpenAI-compatible HTTP server on loopback, in a thread.
 
-    `with RuleJudge() as judge: judge.url`; port 0 takes a free one.
+    It serves until the process ends, or the block `with RuleJudge() as judge: judge.url`; port 0 takes a free one.
     """
 
+    request_queue_size = 128  # a step's requests come at once
+
     def __init__(self, port=0):
-        self.server = _JudgeServer(("127.0.0.1", port), _JudgeHandler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-
-    def start(self):
-        """Serves until the process ends or `stop`; returns self."""
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        return self
-
-    def stop(self):
-        """Ends the server."""
-        self.server.shutdown()
-        self.server.server_close()
-
-    __enter__ = start
+        super().__init__(("127.0.0.1", port), _JudgeHandler)
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def __exit__(self, *_):
-        self.stop()
-
-
-class _JudgeServer(ThreadingHTTPServer):
-    request_queue_size = 128  # a step's requests come at once
+        self.shutdown()
+        self.server_close()
 
 
 class _JudgeHandler(BaseHTTPRequestHandler):
@@ -421,24 +377,21 @@ def prepare(config):
     That is the world, the judge (in this process), and the model of an earlier stage or the questions that the
     difficulty filter left, by running that stage or that filter.
     """
-    benchmark = getattr(config, "benchmark_root", None)
-    read = [Path(source.path) for source in config.data] + [Path(benchmark or "")]
+    read = [Path(source.path) for source in config.data] + [Path(getattr(config, "benchmark_root", None) or "")]
     if not any(path.is_relative_to(ROOT) for path in read):
         return
     if not (WORLD / "world.json").exists():
         print(f"the toy's world is not there: building it in {WORLD}", flush=True)
         build_world()
-    if benchmark and not Path(benchmark).exists():  # an older world
-        write_benchmarks(WORLD)
     if config.judge is not None and not _answers(config.judge.url):
-        RuleJudge(urlsplit(config.judge.url).port).start()
+        RuleJudge(urlsplit(config.judge.url).port)
         print(f"rule-based toy judge at {config.judge.url}", flush=True)
-    makers = {ROOT / stage / "model": (script, stage) for stage, script in SCRIPTS.items()}
-    makers |= {path: ("evaluate.py", f"filter_{stage}") for stage, path in FILTERED.items()}
-    for path, (script, name) in makers.items():
+    makers = {ROOT / stage / "model": stage for stage in SCRIPTS}
+    makers |= {path: f"filter_{stage}" for stage, path in FILTERED.items()}
+    for path, step in makers.items():
         if path in (Path(config.model), *read) and not path.exists():
-            print(f"{path} is not there: running {name} first", flush=True)
-            run_script(script, name)
+            print(f"{path} is not there: running {step} first", flush=True)
+            run_script(step)
 
 
 def _answers(url):
@@ -447,23 +400,33 @@ def _answers(url):
         return probe.connect_ex((parts.hostname, parts.port)) == 0
 
 
-def run_script(script, config, *overrides, processes=PROCESSES, output=None):
-    """Runs a script with configs/toy/{config}.json, or the file `config`, on so many processes of one thread.
+def run_script(step, settings=None, processes=PROCESSES, output=None):
+    """Runs the script of a step with configs/toy/{step}.json and {option: value} `settings`.
 
-    Several run under torchrun. What is printed goes to the file `output`, if there is one. CalledProcessError if it
-    fails.
+    On so many processes of one thread; several run under torchrun. What is printed goes to the file `output`, if there
+    is one. CalledProcessError if it fails.
     """
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    path = config if isinstance(config, Path) else CONFIGS / f"{config}.json"
-    command = [sys.executable, *(torchrun if processes > 1 else []), script, str(path), *overrides]
+    options = [f"{name}={json.dumps(value)}" for name, value in (settings or {}).items()]
+    command = [sys.executable, *(torchrun if processes > 1 else []), SCRIPTS.get(step, "evaluate.py"),
+               str(CONFIGS / f"{step}.json"), *options]
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=output, stderr=output)
+
+
+def settings_of(step, variant, seed, quick, judge_url):
+    """{option: value} of a step in a run with `seed`, at last what the `variant` ({step: settings}) sets."""
+    settings = {"seed": seed} | ({} if step == "stage1" else {"judge.url": judge_url})
+    if step == "eval":
+        settings["data"] = [{"path": str(file)} for file in EVAL_FILES]
+    if quick and step in QUICK_STEPS:
+        settings["max_steps"] = QUICK_STEPS[step]
+    return settings | variant.get(step, {})
 
 
 def read_predictions(path):
     """{data file's name: its predictions} of an evaluation."""
     by_file = {}
-    for line in path.read_text().splitlines():
-        prediction = json.loads(line)
+    for prediction in map(json.loads, path.read_text().splitlines()):
         by_file.setdefault(Path(prediction["source"]).stem, []).append(prediction)
     return by_file
 
@@ -471,20 +434,13 @@ def read_predictions(path):
 def scores_of(predictions):
     """Accuracy, format and context score over the main types, and accuracy by problem type."""
     main = [p for p in predictions if p["problem_type"] in MAIN_TYPES]
-    kinds = {kind: [p for p in predictions if p["problem_type"] == kind] for kind in QUESTIONS}
-    return {"questions": len(main), **{name: _mean(main, name) for name in ("accuracy", "format", "context")},
-            "by_problem_type": {kind: _mean(of_kind, "accuracy") for kind, of_kind in kinds.items()}}
+    return {"questions": len(main), **{name: mean(p[name] for p in main) for name in SCORES},
+            "by_problem_type": {kind: mean(p["accuracy"] for p in predictions if p["problem_type"] == kind)
+                                for kind in QUESTIONS}}
 
 
 def swap_scores(predictions, sense):
     """Of the intent questions whose clips got another sound or picture: how many answers changed to what then fits."""
-    before = {p["id"]: p["answer"] for p in predictions["eval"]}
-    after = predictions[f"swapped_{sense}"]
+    before, after = {p["id"]: p["answer"] for p in predictions["eval"]}, predictions[f"swapped_{sense}"]
     fits = [p["accuracy"] == 1 and p["answer"] != before[p["id"].removeprefix(f"swapped-{sense}-")] for p in after]
-    share = round(sum(fits) / len(fits), 4)
-    return {"questions": len(after), "format": _mean(after, "format"), "changed_to_fit": share}
-
-
-def _mean(predictions, name):
-    values = [p[name] for p in predictions if p[name] is not None]
-    return round(sum(values) / len(values), 4) if values else None
+    return {"questions": len(after), "format": mean(p["format"] for p in after), "changed_to_fit": mean(fits)}

@@ -6,7 +6,8 @@ import shutil
 import time
 
 from hov2 import toy
-from hov2.toy.ablation import ABLATION, ablate
+from hov2.results import table
+from hov2.toy.ablation import ABLATION, STEPS, ablate, read_variants
 
 
 def main():
@@ -21,12 +22,15 @@ def main():
     args = parser.parse_args()
     if args.ablate:
         return ablate(args.ablate, args.seeds, args.quick)
-    started, predictions = time.monotonic(), {}
+    started = time.monotonic()
+    variant = read_variants(ABLATION)["no-judge-rewards" if args.no_judge_rewards else "full"]
     shutil.rmtree(toy.ROOT, ignore_errors=True)
     toy.build_world(seed=args.seed, **(toy.QUICK_WORLD if args.quick else {}))
     with toy.RuleJudge() as judge:
-        for stage in toy.SCRIPTS:
-            predictions[stage] = run_stage(stage, args, judge.url)
+        for step, own in steps_of_run():
+            print(f"\n=== {own.get('output_dir', step)} ===", flush=True)
+            toy.run_script(step, toy.settings_of(step, variant, args.seed, args.quick, judge.url) | own)
+    predictions = {stage: toy.read_predictions(toy.ROOT / stage / "eval/predictions.jsonl") for stage in toy.SCRIPTS}
     summary = {"seed": args.seed, "quick": args.quick, "judge_rewards": not args.no_judge_rewards,
                "stages": {stage: toy.scores_of(by_file["eval"]) for stage, by_file in predictions.items()},
                "swap": {sense: toy.swap_scores(predictions["stage3"], sense) for sense in toy.SENSES},
@@ -36,41 +40,32 @@ def main():
     print(format_summary(summary))
 
 
-def run_stage(stage, args, judge_url):
-    """Filters, trains and evaluates, after the last stage on the swapped clips too; returns the predictions."""
-    common = [f"seed={args.seed}"] + ([f"judge.url={judge_url}"] if stage != "stage1" else [])
-    overrides = [f"max_steps={toy.QUICK_STEPS[stage]}"] if args.quick else []
-    if stage == "stage2" and args.no_judge_rewards:
-        overrides += ["reward_weights.context=0", "reward_weights.logic=0"]
-    if stage in toy.FILTERED:
-        print(f"\n=== {stage}: the difficulty filter ===", flush=True)
-        toy.run_script("evaluate.py", f"filter_{stage}", *common)
-    print(f"\n=== {stage}: {toy.SCRIPTS[stage]} ===", flush=True)
-    toy.run_script(toy.SCRIPTS[stage], stage, *common, *overrides)
-    folder, files = toy.ROOT / stage, toy.EVAL_FILES if stage == "stage3" else toy.EVAL_FILES[:1]
-    data = json.dumps([{"path": str(file)} for file in files])
-    print(f"\n=== {stage}: evaluate.py ===", flush=True)
-    toy.run_script("evaluate.py", "eval", f"seed={args.seed}", f"judge.url={judge_url}", f"model={folder / 'model'}",
-                   f"data={data}", f"output_dir={folder / 'eval'}")
-    return toy.read_predictions(folder / "eval/predictions.jsonl")
+def steps_of_run():
+    """Yields (step, its own settings): filters and stages, and after each stage an evaluation of its model.
+
+    That of the last one is on the swapped clips too.
+    """
+    for step in STEPS[:-1]:
+        yield step, {}
+        if step in toy.SCRIPTS:
+            files = toy.EVAL_FILES if step == "stage3" else toy.EVAL_FILES[:1]
+            yield "eval", {"model": str(toy.ROOT / step / "model"), "output_dir": str(toy.ROOT / step / "eval"),
+                           "data": [{"path": str(file)} for file in files]}
 
 
 def format_summary(summary):
     """The summary as text: a row a stage, then the swap test."""
-    kinds = [*toy.MAIN_TYPES, *toy.OTHER_TYPES]
-    lines = ["", f"greedy answers to {summary['stages']['stage3']['questions']} held-out questions of the main types",
-             f"{'':8}{'accuracy':>9}{'format':>8}{'context':>9} |" + "".join(f"{kind:>17}" for kind in toy.MAIN_TYPES)
-             + " |" + "".join(f"{kind:>11}" for kind in toy.OTHER_TYPES)]
+    rows = [("", *toy.SCORES, *toy.QUESTIONS)]
     for stage, row in summary["stages"].items():
-        cells = [f"{row['by_problem_type'][kind]:>{17 if kind in toy.MAIN_TYPES else 11}.3f}" for kind in kinds]
-        lines.append(f"{stage:8}{row['accuracy']:>9.3f}{row['format']:>8.3f}{row['context']:>9.3f} |"
-                     + "".join(cells[:3]) + " |" + "".join(cells[3:]))
+        scores = [*(row[name] for name in toy.SCORES), *row["by_problem_type"].values()]
+        rows.append((stage, *("-" if score is None else f"{score:.3f}" for score in scores)))
+    questions = summary["stages"]["stage3"]["questions"]
+    lines = [f"\ngreedy answers to {questions} held-out questions, {', '.join(toy.MAIN_TYPES)}", table(rows)]
     for sense, row in summary["swap"].items():
         lines.append(f"with the {sense} of a clip of the other kind: format {row['format']:.3f}, "
                      f"{row['changed_to_fit']:.3f} of {row['questions']} intent answers change to the one that fits")
     left = [f"{count} questions for {stage}" for stage, count in summary["questions_left"].items()]
-    lines.append(f"the difficulty filter left {', '.join(left)}")
-    lines.append(f"{summary['seconds']:.0f} s; details in {toy.ROOT}")
+    lines += [f"the difficulty filter left {', '.join(left)}", f"{summary['seconds']:.0f} s; details in {toy.ROOT}"]
     return "\n".join(lines)
 
 

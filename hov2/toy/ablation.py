@@ -10,7 +10,6 @@ In runs/toy_<FILE's name>: <that name>.json, .md (a table) and .svg (a figure), 
 """
 
 import json
-import re
 import shutil
 import subprocess
 import time
@@ -19,6 +18,7 @@ from html import escape
 from pathlib import Path
 
 from hov2 import toy
+from hov2.results import mean
 
 ABLATION = str(toy.CONFIGS / "ablation.json")
 STEPS = ("stage1", "filter_stage2", "stage2", "filter_stage3", "stage3", "eval")
@@ -29,27 +29,25 @@ text { fill: #ddd } .axis { stroke: #555 } .mark { stroke: #7db4f0; fill: #7db4f
 
 def ablate(file, seeds, quick=False):
     """Runs the variants of `file` for each of the seeds; writes and prints the table. SystemExit if a step fails."""
-    started, variants, name = time.monotonic(), read_variants(file), Path(file).stem
-    root = Path(f"{toy.ROOT}_{name}{'_quick' if quick else ''}")
+    started, variants, title = time.monotonic(), read_variants(file), Path(file).stem
+    root = Path(f"{toy.ROOT}_{title}{'_quick' if quick else ''}")
     for seed in seeds:
-        make_world(root / f"seed{seed}/world", seed, quick)
-    runs = {(seed, variant): places for seed in seeds
-            for variant, places in step_folders(variants, root / f"seed{seed}").items()}
+        if not (root / f"seed{seed}/world/world.json").exists():
+            toy.build_world(root / f"seed{seed}/world", seed, **(toy.QUICK_WORLD if quick else {}))
+    runs = {(seed, name): places for seed in seeds
+            for name, places in step_folders(variants, root / f"seed{seed}").items()}
     with toy.RuleJudge() as judge, ThreadPoolExecutor(2) as pool:
-        for number in range(len(STEPS)):  # the n-th steps of all runs: each needs those before it
-            jobs = {}
-            for (seed, variant), places in runs.items():
-                for step in list(places)[number:number + 1]:
-                    jobs[places[step]] = (step, places, variants[variant], seed, quick, judge.url)
+        for step in STEPS:  # of all runs: each needs those before it
+            jobs = {places[step]: (step, places, variants[name], seed, quick, judge.url)
+                    for (seed, name), places in runs.items() if step in places}
             list(pool.map(lambda job: run_step(*job), jobs.values()))
-    results = {variant: columns_of([measures_of(runs[seed, variant]["eval"]) for seed in seeds])
-               for variant in variants}
+    results = {name: columns_of([measures_of(runs[seed, name]["eval"]) for seed in seeds]) for name in variants}
     summary = {"seeds": seeds, "quick": quick, "seconds": round(time.monotonic() - started, 1), "variants": variants,
                "results": results}
-    rows = {variants[variant].get("what", variant): columns for variant, columns in results.items()}
+    rows = {variants[name].get("what", name): columns for name, columns in results.items()}
     texts = {"json": json.dumps(summary, indent=2), "md": as_table(rows, seeds), "svg": as_figure(rows)}
     for ending, text in texts.items():
-        (root / f"{name}.{ending}").write_text(text + "\n")
+        (root / f"{title}.{ending}").write_text(text + "\n")
     print(f"\n{texts['md']}\n\n{summary['seconds'] / 60:.0f} minutes; table and figure in {root}")
 
 
@@ -75,39 +73,27 @@ def settings_until(variant, step):
     return json.dumps([(name, variant.get(name)) for name in steps[:steps.index(step) + 1]])
 
 
-def make_world(folder, seed, quick):
-    """The world of a seed, unless it is there, and once more its cold start without the context block."""
-    if not (folder / "world.json").exists():
-        toy.build_world(folder, seed, **(toy.QUICK_WORLD if quick else {}))
-    text = re.sub("<context>.*?</context>", "", (folder / "train_sft.json").read_text())
-    (folder / "train_sft_no_context.json").write_text(text)
-
-
 def run_step(step, places, variant, seed, quick, judge_url):
     """Runs configs/toy/{step}.json with what the variant sets; paths in runs/toy become those of `places`.
 
-    Beside the step's folder: its config (.json), what it printed (.log) and, once it has ended, its settings (.done).
+    Beside the step's folder: what it printed (.log) and, once it has ended, its settings (.done).
     """
-    folder, key, config = places[step], settings_until(variant, step), (toy.CONFIGS / f"{step}.json").read_text()
-    own, log, done = (folder.with_suffix(ending) for ending in (".json", ".log", ".done"))
+    folder, key = places[step], settings_until(variant, step)
+    log, done = folder.with_suffix(".log"), folder.with_suffix(".done")
     if done.exists() and done.read_text() == key:
         return
     shutil.rmtree(folder, ignore_errors=True)
     done.unlink(missing_ok=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    settings = {"seed": seed} | ({"judge.url": judge_url} if '"judge"' in config else {})
-    if step == "eval":
-        settings["data"] = [{"path": str(file)} for file in toy.EVAL_FILES]
-    if quick and step in toy.QUICK_STEPS:
-        settings["max_steps"] = toy.QUICK_STEPS[step]
-    texts = [config, *(f"{name}={json.dumps(value)}" for name, value in (settings | variant.get(step, {})).items())]
+    config = json.loads((toy.CONFIGS / f"{step}.json").read_text())
+    named = {option: config[option] for option in ("model", "output_dir", "data", "filter") if option in config}
+    text = json.dumps(named | toy.settings_of(step, variant, seed, quick, judge_url))
     for name, place in (places | {"world": folder.parents[1] / "world"}).items():
-        texts = [text.replace(f'"{toy.ROOT / name}', f'"{place}') for text in texts]
-    own.write_text(texts[0])
+        text = text.replace(f'"{toy.ROOT / name}', f'"{place}')
     started = time.monotonic()
     try:
         with log.open("w") as output:
-            toy.run_script(toy.SCRIPTS.get(step, "evaluate.py"), own, *texts[1:], processes=1, output=output)
+            toy.run_script(step, json.loads(text), processes=1, output=output)
     except subprocess.CalledProcessError as error:
         raise SystemExit(f"{folder}: exit code {error.returncode}; {log} says why") from None
     done.write_text(key)
@@ -134,28 +120,31 @@ def as_table(rows, seeds):
     """{variant: {measure: values}} as markdown: the mean over the seeds, and the lowest to the highest."""
     titles = list(next(iter(rows.values())))
     lines = [["variant", *titles], ["---"] * (len(titles) + 1)]
-    for name, columns in rows.items():
-        spreads = [f" ({min(v):.3f} to {max(v):.3f})" if len(v) > 1 else "" for v in columns.values()]
-        lines.append([name, *(f"{sum(v) / len(v):.3f}{spread}" if v else "-"
-                              for v, spread in zip(columns.values(), spreads))])
+    lines += [[name, *map(_spread, columns.values())] for name, columns in rows.items()]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"{table}\n\nMean over the seeds {', '.join(map(str, seeds))} (lowest to highest)."
 
 
+def _spread(values):
+    if len(values) < 2:
+        return f"{values[0]:.3f}" if values else "-"
+    return f"{mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
 def as_figure(rows, left=270, width=110, gap=24, line=26):
-    """The same as SVG: a panel from 0 to 1 a measure; a dot a seed, a line over all of them, a tick at their mean."""
-    text, titles = '<text x="{}" y="{}" text-anchor="{}">{}</text>'.format, list(next(iter(rows.values())))
-    parts = [text(0, 48 + line * row, "start", escape(name)) for row, name in enumerate(rows)]
-    for column, title in enumerate(titles):
+    """The same as SVG: a panel from 0 to 1 a measure; a small tick a seed, a line over all, a tall tick at the mean."""
+    text, parts = '<text x="{}" y="{}">{}</text>'.format, []
+    for column, title in enumerate(next(iter(rows.values()))):
         x = left + column * (width + gap)
-        parts += [text(x, 14, "start", title), text(x, 30, "start", 0), text(x + width, 30, "end", 1)]
-        for row, columns in enumerate(rows.values()):
+        parts += [text(x, 14, title), text(x, 30, "0 to 1")]
+        for row, (name, columns) in enumerate(rows.items()):
             y, places = 44 + line * row, [x + width * value for value in columns[title]]
-            parts.append(f'<path class="axis" d="M{x} {y}h{width}m0 -4v8m{-width} -8v8"/>')
-            parts += [f'<circle class="mark" cx="{place:.1f}" cy="{y}" r="2.5"/>' for place in places]
+            parts += [text(0, y + 4, escape(name)) if column == 0 else "",
+                      f'<path class="axis" d="M{x} {y}h{width}m0 -4v8m{-width} -8v8"/>']
             if places:
-                mean = sum(places) / len(places)
-                parts.append(f'<path class="mark" d="M{min(places):.1f} {y}H{max(places):.1f}M{mean:.1f} {y - 7}v14"/>')
-    full, height = left + len(titles) * (width + gap), 48 + line * len(rows)
-    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-8 -4 {full} {height}">',
-                      f"<style>{STYLE}</style>", *parts, "</svg>"])
+                ticks = "".join(f"M{place:.1f} {y - 3}v6" for place in places)
+                span = f"M{min(places):.1f} {y}H{max(places):.1f}M{mean(places):.1f} {y - 7}v14"
+                parts.append(f'<path class="mark" d="{span}{ticks}"/>')
+    size = f"{left + len(columns) * (width + gap)} {48 + line * len(rows)}"
+    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-8 -4 {size}">', f"<style>{STYLE}</style>",
+                      *parts, "</svg>"])
