@@ -178,7 +178,7 @@ class HeldOut:
             export(self.run.policy, f"{config.output_dir}/best", config.model,
                    compute_dtype(config.dtype, self.run.device))
         if self.run.judge is not None:
-            self.run.judge.stats()  # these requests are none of the next step's
+            self.run.judge.take_replies()  # these requests are none of the next step's
         return {f"eval/{name}": summary[name] for name in ("accuracy", "format", "context", "unreadable")}
 
 
