@@ -64,13 +64,9 @@ def system_text(config, tokenizer, default):
                                "own; put the text into a file and give its path as system_prompt")
         return text
     try:
-        text = Path(name).read_text(encoding="utf-8").strip()
+        return Path(name).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise PromptsError(f"system_prompt: expected hov2, none, qwen or a text file; {name} can't be read: "
-                           f"{error}") from None
-    if not text:
-        raise PromptsError(f"system_prompt: {name} is empty; for no system prompt say none")
-    return text
+        raise PromptsError(f"system_prompt: expected hov2, none, qwen or a text file; {name}: {error}") from None
 
 
 def protocol_of(config, words, device):

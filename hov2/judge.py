@@ -75,13 +75,11 @@ def parse_score(reply, maximum=5):
     """
     text = re.sub(r"[*_`#]", "", reply).strip()
     numbers = list(_NUMBER.finditer(text))
-    if not numbers or _UNUSABLE.search(text) or re.search(r"\d", _NUMBER.sub("", text)):
+    values, scales = ({float(number[part]) for number in numbers if number[part]} for part in (1, 2))
+    if len(values) != 1 or max(values) > maximum or not scales <= {float(maximum)}:
         return None
-    values = {float(number[1]) for number in numbers}
-    scales = {float(number[2]) for number in numbers if number[2]}
-    if len(values) > 1 or max(values) > maximum or not scales <= {float(maximum)}:
-        return None
-    if any(_DENIED.search(text[: number.start()]) for number in numbers):
+    denied = any(_DENIED.search(text[: number.start()]) for number in numbers)
+    if denied or _UNUSABLE.search(text) or re.search(r"\d", _NUMBER.sub("", text)):
         return None
     return values.pop() if scales or _NAMES_IT.search(text) or _ALONE.search(text) else None
 

@@ -109,8 +109,7 @@ def compare(first, second):
         "pairs": pairs, "changed": [(a, b) for a, b in pairs if a["accuracy"] != b["accuracy"]],
         "better": sum(step > 0 for step in steps), "worse": sum(step < 0 for step in steps),
         "difference": mean(steps), "interval": interval(steps),
-        "only_first": [key[0] for key in first if key not in second],
-        "only_second": [key[0] for key in second if key not in first],
+        "only": [[key[0] for key in one if key not in other] for one, other in ((first, second), (second, first))],
     }
 
 
@@ -137,9 +136,9 @@ def table(rows):
 def format_summary(summary):
     """The summary as a text table."""
     rows = [(name, *cells) for name, cells in _scores_of(summary).items()]
-    counts = ", ".join(f"{name.replace('_', ' ')}: {summary[name]}" for name in (*COUNTS, "unscored", "unreadable"))
-    return (table([("problem type", *SCORE_CELLS), *rows])
-            + f"\nformat {_number(summary['format'])}, context {_number(summary['context'])}; {counts}")
+    others = [f"{name}: {_number(summary[name])}" for name in ("format", "context")]
+    others += [f"{name.replace('_', ' ')}: {summary[name]}" for name in (*COUNTS, "unscored", "unreadable")]
+    return table([("problem type", *SCORE_CELLS), *rows]) + "\n" + ", ".join(others)
 
 
 SCORE_CELLS = ("questions", "accuracy", "95 % interval")
@@ -185,17 +184,13 @@ def format_comparison(names, results, records):
     lines.append(f"\nof {len(found['pairs'])} questions in both, {found['better']} are better in B, {found['worse']} "
                  f"worse; B - A: {_number(found['difference'], '+')}  {_bounds(found['interval'], '+')}")
     lines += [f"{a['id']}: {_said(a)} -> {_said(b)}" for a, b in found["changed"]]
-    for letter, key in (("A", "only_first"), ("B", "only_second")):
-        if found[key]:
-            lines.append(f"only in {letter} ({len(found[key])}): {', '.join(found[key][:5])}"
-                         + (", ..." if len(found[key]) > 5 else ""))
+    lines += [f"only in {letter} ({len(ids)}): {', '.join(ids[:5])}" for letter, ids in zip("AB", found["only"]) if ids]
     return "\n".join(lines)
 
 
 def _said(record):
     said = record["error"] or record["parsed"] or record["answer"] or "no answer"
-    said = " ".join(said.split())
-    return f"{said if len(said) <= 40 else said[:37] + '...'} ({_number(record['accuracy'])})"
+    return f"{' '.join(said.split()):.40} ({_number(record['accuracy'])})"
 
 
 def _number(value, sign=""):

@@ -29,8 +29,6 @@ def format_reward(text, rule="strict"):
     """
     if rule == "released":
         return float(_RELEASED.match(text) is not None)
-    if rule != "strict":
-        raise ValueError(f"format rule {rule!r} is not one of 'strict', 'released'")
     match = _STRICT.fullmatch(text.strip()) if sorted(_ANY_TAG.findall(text)) == _ONE_OF_EACH else None
     return float(match is not None and all(inner.strip() for inner in match.groups()))
 
@@ -117,8 +115,8 @@ _LAST_SMALL = re.compile(r"\s*([a-z])\s*$", re.ASCII)
 _CUE = re.compile(r"\b(?:answer|option|choice|choose|select|pick)s?\b(?:[\s:=]|\b(?:is|are|be|would|should|must|the|"
                   r"letter|option|choice|correct|right|most|likely|probably)\b)*", re.IGNORECASE)
 _NEGATION = re.compile(r"\b(?:not|neither|nor|never|except)\b|n['’]t\b", re.IGNORECASE)
-_FILLER = set("and or the my final best correct answer answers is are option options choice choices letter "
-              "letters".split())
+_FILLER = {"and", "or", "the", "my", "final", "best", "correct", "answer", "answers", "is", "are",
+           "option", "options", "choice", "choices", "letter", "letters"}
 
 
 def choice_letters(text):

@@ -151,8 +151,8 @@ def test_going_on_answers_only_what_is_not_there(evaluator, samples, tmp_path, m
     assert evaluator().evaluate(samples, Journal(tmp_path, {"seed": 0}, samples)) == whole
     path = tmp_path / "answers" / "rank-0.jsonl"
     lines = path.read_text().splitlines(keepends=True)
-    assert len(lines) == QUESTIONS
-    path.write_text("".join(lines[:13]) + lines[13][:40])  # four batches, one answer of the fifth, and a part of one
+    assert len(lines) == 1 + QUESTIONS and lines[0] == "\n"
+    path.write_text("".join(lines[:14]) + lines[14][:40])  # four batches, one answer of the fifth, and a part of one
     asked, answer = [], Evaluator._answer
     monkeypatch.setattr(Evaluator, "_answer", lambda self, samples, batch, loading: (
         asked.append(batch), answer(self, samples, batch, loading))[1])
@@ -168,9 +168,9 @@ def test_answers_of_another_rank_count_too(evaluator, samples, tmp_path):
     folder = tmp_path / "answers"
     lines = (folder / "rank-0.jsonl").read_text().splitlines(keepends=True)
     (folder / "rank-0.jsonl").rename(folder / "rank-5.jsonl")
-    (folder / "rank-5.jsonl").write_text("".join(lines[6:]))
+    (folder / "rank-5.jsonl").write_text("".join(lines[7:]))
     assert evaluator().evaluate(samples, Journal(tmp_path, {}, samples)) == whole
-    assert len((folder / "rank-0.jsonl").read_text().splitlines()) == 6
+    assert len((folder / "rank-0.jsonl").read_text().split("\n")[1:]) == 6
 
 
 def test_another_protocol_is_refused_or_set_aside(samples, tmp_path):
@@ -214,9 +214,8 @@ def test_system_prompts(world, tmp_path):
     (tmp_path / "system.txt").write_text("Answer at once.\n")
     named = config(world, system_prompt=str(tmp_path / "system.txt"))
     assert evaluate.system_text(named, tokenizer, "default") == "Answer at once."
-    for name, message in (("qwne", "expected hov2, none, qwen or a text file; qwne"), ("/dev/null", "is empty")):
-        with pytest.raises(PromptsError, match=message):
-            evaluate.system_text(config(world, system_prompt=name), tokenizer, "default")
+    with pytest.raises(PromptsError, match="expected hov2, none, qwen or a text file; qwne"):
+        evaluate.system_text(config(world, system_prompt="qwne"), tokenizer, "default")
 
 
 def test_system_prompt_of_the_models_chat_template(world):

@@ -133,7 +133,7 @@ def test_comparison_names_what_changed():
     found = compare(first, second)
     assert len(found["pairs"]) == 5 and (found["better"], found["worse"], found["difference"]) == (1, 1, 0.0)
     assert [a["id"] for a, _ in found["changed"]] == ["b", "c", "e"]
-    assert found["only_first"] == ["gone"] and found["only_second"] == ["new"]
+    assert found["only"] == [["gone"], ["new"]]
     protocol = {"model": "m", "system_prompt": "hov2", "seed": 0}
     results = [{"protocol": protocol | {"model": name}, **summarize(records)}
                for name, records in (("one", first), ("two", second))]
