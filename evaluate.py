@@ -83,11 +83,9 @@ def protocol_of(config, words, device):
 
 
 def weights_of(name):
-    """Tells another model in the same place apart: sizes and times of its files, or the hub's revision."""
-    folder = source_folder(name)
-    if not Path(name).is_dir():
-        return folder.name
-    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.glob("*.safetensors"))}
+    """Tells another model in the same place apart: sizes and times of its files."""
+    files = sorted(source_folder(name).glob("*.safetensors"))
+    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
 
 
 def report(config, protocol, samples, summary, records):

@@ -17,7 +17,7 @@ from typing import Literal
 
 REWARDS = ("format", "accuracy", "context", "logic")
 MAY_BE_0 = ("top_k", "max_retries", "max_bad_steps", "dump_every")  # beside the whole numbers whose default is 0
-ABOVE_0 = ("timeout", "alpha")
+ABOVE_0 = ("timeout", "alpha", "top_p")
 
 
 class ConfigError(ValueError):
@@ -196,7 +196,7 @@ class GRPOConfig(TrainConfig):
     epsilon_high: float | None = None  # None: epsilon
     loss_type: Literal["token", "grpo", "dr_grpo", "bnpo"] = "token"
     scale_rewards: bool = False
-    reward_weights: dict[str, float] = field(default_factory=lambda: {"format": 1.0, "accuracy": 1.0})
+    reward_weights: dict[Literal[REWARDS], float] = field(default_factory=lambda: {"format": 1.0, "accuracy": 1.0})
     credit: Literal["seen", "inside", "released"] = "seen"
     format: Literal["strict", "released"] = "strict"
     gate_threshold: float | None = None
@@ -207,8 +207,6 @@ class GRPOConfig(TrainConfig):
     def __post_init__(self):
         """Refuses values that can't train."""
         super().__post_init__()
-        unknown = [repr(name) for name in self.reward_weights if name not in REWARDS]
-        _need(not unknown, f"reward_weights: unknown reward {', '.join(unknown)}; known: {', '.join(REWARDS)}")
         _need({"format", "accuracy"} & set(self.reward_weights),
               "reward_weights: format or accuracy is needed, the rewards that reach every token")
         judged = [repr(name) for name in ("context", "logic") if name in self.reward_weights]
@@ -258,7 +256,6 @@ class EvalConfig(BaseConfig):
         super().__post_init__()
         _need(bool(self.data) != bool(self.benchmark), "data, benchmark: expected one of the two")
         _need(bool(self.benchmark) == bool(self.benchmark_root), "benchmark, benchmark_root: expected both, or neither")
-        _need(0 < self.top_p <= 1, f"top_p: above 0 and at most 1, got {self.top_p}")
         _need(self.num_samples == 1 or self.temperature,
               f"num_samples: {self.num_samples} greedy answers are one answer; set a temperature")
         _need(not self.filter or (self.num_samples > 1 and not self.benchmark),
@@ -301,10 +298,8 @@ def config_from_argv(cls, argv, default):
 def _read(path):
     try:
         values = json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such config file") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: no such config file, or not valid JSON: {error}") from None
     _need(isinstance(values, dict), f"{path}: expected a JSON object, got {type(values).__name__}")
     return values
 
@@ -357,7 +352,7 @@ def _check(kind, value, where):
     if plain is list:
         return [_check(args[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
     if plain is dict:
-        return {key: _check(args[1], item, f"{where}.{key}") for key, item in value.items()}
+        return {_check(args[0], key, where): _check(args[1], item, f"{where}.{key}") for key, item in value.items()}
     return plain(value)
 
 

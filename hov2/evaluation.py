@@ -208,8 +208,7 @@ def _merged(of_ranks):
 
 def _digest(samples):
     """A checksum of the questions and of the order in which they are asked, which their clips' sizes decide."""
-    asked = [[s.id, s.problem, s.problem_type, s.options, s.solution, s.paths, s.extra] for s in samples]
-    return hashlib.sha256(json.dumps([asked, longest_first(samples)]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([[*map(vars, samples)], longest_first(samples)]).encode()).hexdigest()[:16]
 
 
 def _scored(sample, text, truncated, scores):

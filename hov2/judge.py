@@ -31,6 +31,8 @@ from hov2.rewards import block_text, set_f1
 
 FAULTS = ("timeout", "refused", "reset", "connection", "broken_off", "http_429", "http_5xx", "http_other",
           "no_completion", "no_score", "breaker")  # breaker: not even asked
+_KINDS = {TimeoutError: "timeout", ConnectionRefusedError: "refused", ConnectionError: "reset",
+          HTTPException: "broken_off"}  # the first that fits; any other error is "connection"
 _MAX_TOKENS = 32  # of a reply: room for "The score is 4 out of 5"
 _MAX_DELAY = 30.0  # seconds between two tries, at most
 _URL = re.compile(r"https?://([\w.-]+|\[[0-9a-f:.]+\])(:\d{1,5})?(/[!$->A-~]*)?", re.ASCII | re.IGNORECASE)
@@ -139,7 +141,8 @@ class _Server:
                 finally:
                     deadline.cancel()
             except (OSError, HTTPException, UnicodeError) as failure:
-                fault = next(_Fault(*words) for kind, words in _FAILURES.items() if isinstance(failure, kind))
+                kind = next((kind for error, kind in _KINDS.items() if isinstance(failure, error)), "connection")
+                fault = _Fault(kind, type(failure).__name__)  # its own words may repeat the request
         if time.monotonic() - started >= self.config.timeout:
             raise _Fault("timeout", f"no reply within {self.config.timeout:g} s")
         if fault:
@@ -285,14 +288,6 @@ def _authorization(api_key_env):
         raise JudgeError(f"judge.api_key_env: the environment variable {api_key_env} isn't set, or holds what no HTTP "
                          "header can carry")
     return {"Authorization": f"Bearer {key}"}
-
-
-_FAILURES = {  # of a connection: _Fault's arguments, in words of ours, since an exception's may repeat the request
-    TimeoutError: ("timeout", "no reply in time"), ConnectionRefusedError: ("refused", "connection refused"),
-    ConnectionError: ("reset", "connection reset"), (socket.gaierror, UnicodeError): ("connection", "no such host"),
-    ssl.SSLCertVerificationError: ("connection", "its TLS certificate is not trusted", False),
-    HTTPException: ("broken_off", "the reply broke off"), OSError: ("connection", "the connection failed"),
-}
 
 
 def _cut(sock):

@@ -156,12 +156,9 @@ def _scores_of(summary):
 
 def format_protocol(protocol):
     """One line that says how the answers were had."""
-    media = protocol["media"]
-    how = "greedy" if not protocol["temperature"] else "temperature {temperature:g}, top_p {top_p:g}, top_k {top_k}, " \
-          "{num_samples} samples, seed {seed}".format(**protocol)
-    return (f"{protocol['model']}, system prompt {protocol['system_prompt']!r}, {how}; at most "
-            f"{protocol['max_new_tokens']} new tokens, {media['max_frames']} frames, {media['fps']:g} a second, "
-            f"of {media['max_pixels']} pixels")
+    names = ("model", "system_prompt", "max_new_tokens", "max_frames", "fps", "max_pixels", "temperature")
+    names += ("top_p", "top_k", "num_samples", "seed") if protocol["temperature"] else ()  # else greedy
+    return ", ".join(f"{name} {(protocol | protocol['media'])[name]}" for name in names)
 
 
 def format_filter(records, rule):
@@ -176,8 +173,7 @@ def format_comparison(names, results, records):
     """Two evaluations side by side: `names`, `results` (results.json) and `records` (predictions.jsonl) of each."""
     found = compare(*records)
     lines = [f"{letter}: {name}" for letter, name in zip("AB", names)]
-    differences = differing(*(result["protocol"] for result in results))
-    lines += [f"{key}: A {a!r}, B {b!r}" for key, (a, b) in differences.items()]
+    lines += [f"{key}: A {a!r}, B {b!r}" for key, (a, b) in differing(*(r["protocol"] for r in results)).items()]
     one, other = map(_scores_of, results)
     rows = [(name, *one.get(name, NO_SCORE), *other.get(name, NO_SCORE)) for name in one | other]
     lines.append("\n" + table([("", *(f"{name} {cell}" for name in "AB" for cell in SCORE_CELLS)), *rows]))

@@ -259,7 +259,7 @@ def test_filtered_data_can_be_read_and_says_the_same(samples, tmp_path):
     ({"data": [], "benchmark": "dailyomni"}, "'dailyomni' is not one of 'intentbench', 'daily-omni', 'worldsense'"),
     ({"num_samples": 8}, "num_samples: 8 greedy answers are one answer"),
     ({"num_samples": 0}, "num_samples: at least 1, got 0"),
-    ({"top_p": 0}, "top_p: above 0"),
+    ({"top_p": 0}, "top_p: expected more than 0, got 0"),
     ({"filter": {"output": "x.jsonl"}}, "filter: needs num_samples of at least 2"),
     ({"filter": {"output": "x.json"}}, "filter: output: expected a file that ends in .jsonl"),
     ({"filter": {"output": "x.jsonl", "min_share": 0.8}}, "filter: expected 0 <= min_share < max_share <= 1"),

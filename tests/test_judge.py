@@ -211,8 +211,8 @@ def test_failures_that_pass_are_tried_again(failure):
     ("failure", "reason"),
     [
         ((500, {}, SECRET_TEXT), "HTTP 500"), (chat("4 or 5"), "the reply states no score"),
-        (half, "the reply broke off"),
-        ((200, {}, "<html>"), "the reply is no chat completion"), (reset, "connection reset"),
+        (half, "IncompleteRead"),
+        ((200, {}, "<html>"), "the reply is no chat completion"), (reset, "ConnectionResetError"),
     ],
 )  # fmt: skip
 def test_failures_that_stay_are_a_missing_score_never_zero(failure, reason):
@@ -267,8 +267,8 @@ def test_a_dead_server_is_missing_and_check_names_it():
     with judged(chat("4")) as (_, server):
         url = server.url
     judge = Judge(JudgeConfig(url=url, max_retries=1), load_prompts(), first_delay=0.001)
-    assert ask(judge).error == f"127.0.0.1:{server.server_address[1]}: connection refused"
-    message = f"no judge at {url}: .*connection refused; judge.url is .*http://localhost:8000/v1"
+    assert ask(judge).error == f"127.0.0.1:{server.server_address[1]}: ConnectionRefusedError"
+    message = f"no judge at {url}: .*ConnectionRefusedError; judge.url is .*http://localhost:8000/v1"
     with pytest.raises(JudgeError, match=message):
         judge.check()
 

@@ -106,7 +106,7 @@ def test_a_fault_that_stays_is_a_missing_score(fault, secrets_kept):
 
 def test_every_kind_of_fault_is_counted_under_a_known_name():
     assert set(KIND.values()) <= set(FAULTS) and KIND.keys() == FAULTY.keys()
-    assert {words[0] for words in judge_module._FAILURES.values()} <= set(FAULTS)
+    assert set(judge_module._KINDS.values()) <= set(FAULTS)
 
 
 @pytest.mark.parametrize("where", ["headers", "body"])
@@ -196,10 +196,10 @@ def test_a_dead_url_costs_no_score_and_is_soon_left_alone(capfd):
         found = stats(judge)
         assert found["failures"] == 0 and found["faults"]["refused"] <= 3 and found["faults"]["breaker"] >= 7
         [line] = capfd.readouterr().out.splitlines()
-        assert line.startswith(f"judge {dead.url}: 3 failures in a row, the last: connection refused")
+        assert line.startswith(f"judge {dead.url}: 3 failures in a row, the last: ConnectionRefusedError")
         alive.down()
         assert ask(judge).score is None
-        with pytest.raises(JudgeError, match=f"no judge at {dead.url}, {alive.url}: 127.0.0.1:.*connection refused"):
+        with pytest.raises(JudgeError, match=f"no judge at {dead.url}, {alive.url}: 127.0.0.1:.*ConnectionRefusedError"):
             judge.check()
         dead.up()
         alive.up()
