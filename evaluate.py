@@ -64,13 +64,9 @@ def system_text(config, tokenizer, default):
                                "own; put the text into a file and give its path as system_prompt")
         return text
     try:
-        text = Path(name).read_text(encoding="utf-8").strip()
+        return Path(name).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise PromptsError(f"system_prompt: expected hov2, none, qwen or a text file; {name} can't be read: "
-                           f"{error}") from None
-    if not text:
-        raise PromptsError(f"system_prompt: {name} is empty; for no system prompt say none")
-    return text
+        raise PromptsError(f"system_prompt: expected hov2, none, qwen or a text file; {name}: {error}") from None
 
 
 def protocol_of(config, words, device):
@@ -87,11 +83,9 @@ def protocol_of(config, words, device):
 
 
 def weights_of(name):
-    """Tells another model in the same place apart: sizes and times of its files, or the hub's revision."""
-    folder = source_folder(name)
-    if not Path(name).is_dir():
-        return folder.name
-    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.glob("*.safetensors"))}
+    """Tells another model in the same place apart: sizes and times of its files."""
+    files = sorted(source_folder(name).glob("*.safetensors"))
+    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
 
 
 def report(config, protocol, samples, summary, records):

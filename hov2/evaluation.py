@@ -62,27 +62,25 @@ class Evaluator:
         batches = [order[i:i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         kept = _merged(gather_objects(journal.read() if journal else {}))
         batches = [batch for batch in batches if not kept.keys() >= set(batch)]
-        left = sum(map(len, batches))
-        say(f"going on with the answers to {len(samples) - left} of {len(samples)} questions" if kept else "")
+        done = len(samples) - sum(map(len, batches))
+        say(f"going on with the answers to {done} of {len(samples)} questions" if kept else "")
         with torch.no_grad(), unsharded(self.run.policy), tqdm(
-                total=len(samples), initial=len(samples) - left, desc="evaluate", unit="question",
-                disable=None if rank() == 0 else True) as bar:
-            for batch, loading, begun in self._loaded(samples, batches):
+                total=len(batches), desc="evaluate", unit="batch", disable=None if rank() == 0 else True) as bar:
+            for turn, loading in self._loaded(samples, batches):
                 beat("evaluate")
-                answered = self._answer(samples, batch, loading)
+                answered = self._answer(samples, batches[turn], loading)
                 if journal:
                     journal.append(answered)
                 records |= answered
-                bar.update(len(samples) - left + begun - bar.n)
+                bar.update(turn + 1 - bar.n)  # those before are done, or another rank's
         kept |= _merged(gather_objects(records))
         ordered = [kept[i] for i in range(len(samples))]
         return summarize(ordered), ordered
 
     def _loaded(self, samples, batches):
-        """(batch, futures of its Inputs, questions begun by all ranks) in turn; the next one is read meanwhile."""
-        ends = [*itertools.accumulate(map(len, batches))]
+        """(number of a batch, futures of its Inputs) in turn; the next one is read meanwhile."""
         with ThreadPoolExecutor(READERS) as pool:
-            begun = ((batches[turn], [pool.submit(self.run.make, samples[i]) for i in batches[turn]], ends[turn])
+            begun = ((turn, [pool.submit(self.run.make, samples[i]) for i in batches[turn]])
                      for turn in _turns(len(batches)))
             for this, _ in itertools.pairwise(itertools.chain(begun, [None])):  # takes the next before this is yielded
                 yield this
@@ -126,8 +124,6 @@ class Journal:
         if changes := gather_objects(self._begin(protocol, resume) if rank() == 0 else "")[0]:
             raise ConfigError(f"{self.folder}: answers of another protocol: {changes}. Set these back, choose another "
                               "output_dir, or set the answers aside with resume=false")
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write("\n" if file.tell() else "")  # ends a line that a kill may have cut short
 
     def _begin(self, protocol, resume):
         """Makes the folder ready for answers under `protocol`; returns how those that it has differ, or ""."""
@@ -152,9 +148,9 @@ class Journal:
 
     def append(self, records):
         """Writes {index: record} to this rank's file, at once."""
-        lines = [json.dumps({"index": i, "record": record}) + "\n" for i, record in records.items()]
+        lines = [json.dumps({"index": i, "record": record}) for i, record in records.items()]
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write("".join(lines))
+            file.write("\n" + "\n".join(lines))  # the line before may have been cut short by a kill
 
 
 class HeldOut:
@@ -178,7 +174,7 @@ class HeldOut:
             export(self.run.policy, f"{config.output_dir}/best", config.model,
                    compute_dtype(config.dtype, self.run.device))
         if self.run.judge is not None:
-            self.run.judge.stats()  # these requests are none of the next step's
+            self.run.judge.take_replies()  # these requests are none of the next step's
         return {f"eval/{name}": summary[name] for name in ("accuracy", "format", "context", "unreadable")}
 
 
@@ -187,10 +183,9 @@ def longest_first(samples):
     ("30s", 30.5), then by the size of the media files; equals, and questions without media, in the data's order."""
     def _length(i):
         extra = samples[i].extra
-        said = [_SECONDS.fullmatch(str(extra[name])) for name in ("video_duration", "duration") if name in extra]
-        seconds = next((float(match[1]) for match in said if match), 0.0)
-        files = {*samples[i].paths.values()}
-        return seconds, sum(os.path.getsize(path) for path in files if os.path.isfile(path))
+        seconds = _SECONDS.fullmatch(str(extra.get("video_duration", extra.get("duration"))))
+        size = sum(os.path.getsize(path) for path in {*samples[i].paths.values()} if os.path.isfile(path))
+        return float(seconds[1]) if seconds else 0.0, size
     return sorted(range(len(samples)), key=_length, reverse=True)  # stable: equals keep their order
 
 
@@ -213,8 +208,7 @@ def _merged(of_ranks):
 
 def _digest(samples):
     """A checksum of the questions and of the order in which they are asked, which their clips' sizes decide."""
-    asked = [[s.id, s.problem, s.problem_type, s.options, s.solution, s.paths, s.extra] for s in samples]
-    return hashlib.sha256(json.dumps([asked, longest_first(samples)]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([[*map(vars, samples)], longest_first(samples)]).encode()).hexdigest()[:16]
 
 
 def _scored(sample, text, truncated, scores):

@@ -1,8 +1,9 @@
-"""The judge: scores by an OpenAI-compatible server, all of a step asked at once, none of them ever guessed.
+"""The judge: scores by an OpenAI-compatible server, none of them ever guessed.
 
-`submit` returns a future at once and a thread pool does the asking, so that HTTP overlaps with forward passes. A score
-that could not be had (server down, reply without a score) is None, never 0. Parsed scores, and nothing else, are kept
-in a folder of small files. Only the config is honoured: no proxies, no credentials from the environment, no redirects.
+Every call waits for its reply; the threads of scoring.py ask for all of a step at once, beside the forward passes. A
+score that could not be had (server down, reply without a score) is None, never 0. Parsed scores, and nothing else, are
+kept in a folder of small files. Only the config is honoured: no proxies, no credentials from the environment or a URL,
+no redirects.
 
 What can go wrong is one of FAULTS, and counted. A server that fails again and again is left alone for a while
 (`_Server`); scores are then missing at once. What a run does about missing scores is in scoring.py.
@@ -19,23 +20,22 @@ import socket
 import ssl
 import threading
 import time
-from base64 import b64encode
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 from hov2.distributed import say, write_whole
 from hov2.rewards import block_text, set_f1
 
 FAULTS = ("timeout", "refused", "reset", "connection", "broken_off", "http_429", "http_5xx", "http_other",
           "no_completion", "no_score", "breaker")  # breaker: not even asked
+_KINDS = {TimeoutError: "timeout", ConnectionRefusedError: "refused", ConnectionError: "reset",
+          HTTPException: "broken_off"}  # the first that fits; any other error is "connection"
 _MAX_TOKENS = 32  # of a reply: room for "The score is 4 out of 5"
 _MAX_DELAY = 30.0  # seconds between two tries, at most
+_URL = re.compile(r"https?://([\w.-]+|\[[0-9a-f:.]+\])(:\d{1,5})?(/[!$->A-~]*)?", re.ASCII | re.IGNORECASE)
 
 # A number, with what it is out of: "4", "4.5", "4/5", "4 (out of 5)". Not one of "4th", "4%", "4,5", "1.2.3".
 _NUMBER = re.compile(r"(?<![\w.,])(\d+(?:\.\d+)?)(?:\s*(?:points?\s*)?\(?(?:/|out of|of)\s*(\d+(?:\.\d+)?))?"
@@ -77,13 +77,11 @@ def parse_score(reply, maximum=5):
     """
     text = re.sub(r"[*_`#]", "", reply).strip()
     numbers = list(_NUMBER.finditer(text))
-    if not numbers or _UNUSABLE.search(text) or re.search(r"\d", _NUMBER.sub("", text)):
+    values, scales = ({float(number[part]) for number in numbers if number[part]} for part in (1, 2))
+    if len(values) != 1 or max(values) > maximum or not scales <= {float(maximum)}:
         return None
-    values = {float(number[1]) for number in numbers}
-    scales = {float(number[2]) for number in numbers if number[2]}
-    if len(values) > 1 or max(values) > maximum or not scales <= {float(maximum)}:
-        return None
-    if any(_DENIED.search(text[: number.start()]) for number in numbers):
+    denied = any(_DENIED.search(text[: number.start()]) for number in numbers)
+    if denied or _UNUSABLE.search(text) or re.search(r"\d", _NUMBER.sub("", text)):
         return None
     return values.pop() if scales or _NAMES_IT.search(text) or _ALONE.search(text) else None
 
@@ -97,17 +95,14 @@ class _Server:
     """
 
     def __init__(self, url, config, headers):
+        if not _URL.fullmatch(url):  # what isn't shown of it may be a password
+            raise JudgeError("judge.url: expected a base like http://localhost:8000/v1, with no user, password or "
+                             f"query, got {re.sub('.*@|[?].*', '', url)!r}")
         parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or not re.fullmatch("[!-~]+", url):
-            raise JudgeError(f"judge.url: expected a base like http://localhost:8000/v1, got {url!r}")
-        self.config, self.host = config, parts.hostname + (f":{parts.port}" if parts.port else "")
-        self.shown = f"{parts.scheme}://{self.host}{parts.path}"  # without user:password@
+        self.config, self.url, self.host = config, url, parts.netloc
         self._path, self._headers = parts.path.rstrip("/") + "/chat/completions", headers
-        user, _, place = parts.netloc.rpartition("@")
-        if user:
-            self._headers = headers | {"Authorization": f"Basic {b64encode(unquote(user).encode()).decode()}"}
         tls = {"context": ssl.create_default_context()} if parts.scheme == "https" else {}
-        self._connect = functools.partial(HTTPSConnection if tls else HTTPConnection, place, **tls)
+        self._connect = functools.partial(HTTPSConnection if tls else HTTPConnection, self.host, **tls)
         self.failures, self.last, self._rests_until, self._lock = 0, None, 0.0, threading.Lock()
 
     def may_be_asked(self):
@@ -125,10 +120,10 @@ class _Server:
         with self._lock:
             before, self.failures, self.last = self.failures, self.failures + 1 if fault else 0, fault
             if self.failures == limit:
-                say(f"judge {self.shown}: {limit} failures in a row, the last: {fault}; left alone, but for one "
-                         f"try in {self.config.breaker_seconds:g} s")
+                say(f"judge {self.url}: {limit} failures in a row, the last: {fault}; left alone, but for one try in "
+                    f"{self.config.breaker_seconds:g} s")
             elif not fault and before >= limit:
-                say(f"judge {self.shown}: answers again")
+                say(f"judge {self.url}: answers again")
 
     def post(self, body):
         """The text of the chat completion that `body` asks for, else _Fault. `config.timeout` counts for all of it."""
@@ -146,7 +141,8 @@ class _Server:
                 finally:
                     deadline.cancel()
             except (OSError, HTTPException, UnicodeError) as failure:
-                fault = next(_Fault(*words) for kind, words in _FAILURES.items() if isinstance(failure, kind))
+                kind = next((kind for error, kind in _KINDS.items() if isinstance(failure, error)), "connection")
+                fault = _Fault(kind, type(failure).__name__)  # its own words may repeat the request
         if time.monotonic() - started >= self.config.timeout:
             raise _Fault("timeout", f"no reply within {self.config.timeout:g} s")
         if fault:
@@ -168,34 +164,38 @@ class Judge:
         self._cache = Path(config.cache) if config.cache else None
         if self._cache:
             self._cache.mkdir(parents=True, exist_ok=True)
-        self._pool = ThreadPoolExecutor(config.concurrency, thread_name_prefix="judge")
-        self._lock, self._closed = threading.Lock(), threading.Event()
         self._turns, self._replies = itertools.count(), []
 
     # ---- asking ----
 
-    def submit(self, kind, **fields):
-        """Asks `prompts.judge_messages(kind, **fields)` in the background; a future of JudgeReply."""
+    def score(self, kind, **fields):
+        """The JudgeReply to `prompts.judge_messages(kind, **fields)`; from the cache, if the same was asked before."""
         maximum = fields["most"] if kind == "synonyms" else 5
         messages = self.prompts.judge_messages(kind, **fields)
-        return self._pool.submit(self._score, messages, maximum)
+        path = self._cache and self._cache / f"{_digest(self.config.model, messages)}.json"
+        score = _read_score(path) if path else None
+        if score is not None:
+            return JudgeReply(score)
+        reply = self._ask(messages, maximum)
+        if path and reply.score is not None:
+            write_whole(path, json.dumps({"score": reply.score}))
+        self._replies.append(reply)
+        return reply
 
-    def submit_context(self, completion, solution):
+    def context(self, completion, solution):
         """The context reward of a completion: how far its context covers the solution's.
 
         0 without a request if the completion has no context; None without an error if the solution has none.
         """
         reference, candidate = block_text(solution, "context"), block_text(completion, "context")
-        if not reference:
-            return self._pool.submit(JudgeReply, None)
-        if not candidate:
-            return self._pool.submit(JudgeReply, 0.0)
-        return self.submit("context", reference=reference, candidate=candidate)
+        if not reference or not candidate:
+            return JudgeReply(0.0 if reference else None)
+        return self.score("context", reference=reference, candidate=candidate)
 
-    def submit_logic(self, completion):
+    def logic(self, completion):
         """The logic reward of a completion; 0 without a request if it has no context or no think block."""
         blocks = {tag: block_text(completion, tag) for tag in ("context", "think")}
-        return self.submit("logic", **blocks) if all(blocks.values()) else self._pool.submit(JudgeReply, 0.0)
+        return self.score("logic", **blocks) if all(blocks.values()) else JudgeReply(0.0)
 
     def probe(self):
         """The JudgeReply to one small question, whose `error` says why if there was none; open breakers don't count."""
@@ -205,7 +205,7 @@ class Judge:
         """Asks one small question; raises JudgeError if no server answers as one should."""
         reply = self.probe()
         if reply.error:
-            urls = ", ".join(server.shown for server in self._servers)
+            urls = ", ".join(server.url for server in self._servers)
             raise JudgeError(f"no judge at {urls}: {reply.error}; judge.url is what /chat/completions is appended to, "
                              "such as http://localhost:8000/v1, and judge.model the model's name there")
 
@@ -214,34 +214,12 @@ class Judge:
         for server in self._servers:
             server.failures = 0
 
-    def stats(self):
-        """Since the last call: requests (cache hits are none), failures, failure_rate, latency (mean seconds), and
-        faults, a Counter over FAULTS of every try."""
-        with self._lock:
-            replies, self._replies = self._replies, []
-        failures, count = sum(reply.error is not None for reply in replies), max(1, len(replies))
-        latency = sum(reply.latency for reply in replies) / count
-        return {"requests": len(replies), "failures": failures, "failure_rate": failures / count, "latency": latency,
-                "faults": Counter(fault.kind for reply in replies for fault in reply.faults)}
-
-    def close(self):
-        """Gives up what is still being asked."""
-        self._closed.set()
-        self._pool.shutdown(cancel_futures=True)
+    def take_replies(self):
+        """The replies to all that was asked since the last call; what the cache answered is not among them."""
+        replies, self._replies = self._replies, []
+        return replies
 
     # ---- one score ----
-
-    def _score(self, messages, maximum):
-        path = self._cache and self._cache / f"{_digest(self.config.model, messages)}.json"
-        score = _read_score(path) if path else None
-        if score is not None:
-            return JudgeReply(score)
-        reply = self._ask(messages, maximum)
-        if path and reply.score is not None:
-            write_whole(path, json.dumps({"score": reply.score}))
-        with self._lock:
-            self._replies.append(reply)
-        return reply
 
     def _ask(self, messages, maximum=None):
         """Asks the servers in turn until a reply states a score up to `maximum`, or the tries are used up. A try is a
@@ -269,8 +247,9 @@ class Judge:
             latest = faults[-len(servers):]
             servers = [server for server, fault in zip(servers, latest) if fault.again]
             delay = max(self.first_delay * 2**attempt * jitter.uniform(0.5, 1), *(fault.after for fault in latest))
-            if not servers or attempt == self.config.max_retries or self._closed.wait(min(_MAX_DELAY, delay)):
+            if not servers or attempt == self.config.max_retries:
                 break
+            time.sleep(min(_MAX_DELAY, delay))
         return JudgeReply(None, raw, f"{server.host}: {latest[-1]}", time.monotonic() - started, faults)
 
 
@@ -297,7 +276,7 @@ class AccuracyJudge:
         return None if score is None else set_f1(answer, reference, synonyms=score * most)
 
     def _ask(self, kind, **fields):
-        self.reply = self.judge.submit(kind, **fields).result()
+        self.reply = self.judge.score(kind, **fields)
         return self.reply.score
 
 
@@ -305,19 +284,10 @@ def _authorization(api_key_env):
     if api_key_env is None:
         return {}
     key = os.environ.get(api_key_env, "").strip()
-    if not key:
-        raise JudgeError(f"judge.api_key_env: the environment variable {api_key_env} isn't set")
-    if not key.isascii() or not key.isprintable():
-        raise JudgeError(f"judge.api_key_env: {api_key_env} holds characters that no HTTP header can carry")
+    if not (key and key.isascii() and key.isprintable()):
+        raise JudgeError(f"judge.api_key_env: the environment variable {api_key_env} isn't set, or holds what no HTTP "
+                         "header can carry")
     return {"Authorization": f"Bearer {key}"}
-
-
-_FAILURES = {  # of a connection: _Fault's arguments, in words of ours, since an exception's may repeat the request
-    TimeoutError: ("timeout", "no reply in time"), ConnectionRefusedError: ("refused", "connection refused"),
-    ConnectionError: ("reset", "connection reset"), (socket.gaierror, UnicodeError): ("connection", "no such host"),
-    ssl.SSLCertVerificationError: ("connection", "its TLS certificate is not trusted", False),
-    HTTPException: ("broken_off", "the reply broke off"), OSError: ("connection", "the connection failed"),
-}
 
 
 def _cut(sock):
@@ -328,25 +298,16 @@ def _cut(sock):
 
 def _text_of(response, data):
     """The text of a chat completion, or _Fault."""
-    status = response.status
+    status, after = response.status, response.getheader("Retry-After", "")
     if status != 200:
         kind = "http_429" if status == 429 else "http_5xx" if status >= 500 else "http_other"
-        again = status in (408, 429) or status >= 500
-        raise _Fault(kind, f"HTTP {status}", again, _seconds(response.getheader("Retry-After", "")))
+        seconds = float(after) if re.fullmatch("[0-9]{1,6}", after) else 0.0  # a date isn't understood
+        raise _Fault(kind, f"HTTP {status}", status in (408, 429) or status >= 500, seconds)
     with suppress(ValueError, KeyError, IndexError, TypeError, RecursionError):
         text = json.loads(data)["choices"][0]["message"]["content"]
         if isinstance(text, str):
             return text
     raise _Fault("no_completion", "the reply is no chat completion")
-
-
-def _seconds(retry_after):
-    """What a Retry-After header asks for, in seconds or as a date; 0 for anything else."""
-    if re.fullmatch(r"\d{1,6}", retry_after, re.ASCII):
-        return float(retry_after)
-    with suppress(ValueError, OverflowError):
-        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
-    return 0.0
 
 
 def _digest(model, messages):

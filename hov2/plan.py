@@ -99,11 +99,14 @@ def plan(shapes, config, gpus, prompt_tokens):
     grpo = isinstance(config, GRPOConfig)
     per_rank = max(1, (config.prompts_per_step if grpo else config.samples_per_step) // gpus)
     batch = min(config.per_device_train_batch_size, per_rank)
-    completion = config.num_generations * config.max_completion_length if grpo else 0
+    generations = config.num_generations if grpo else 0
+    together = min(generations, getattr(config, "completions_per_forward", None) or generations)
+    completion = together * config.max_completion_length if grpo else 0
     phases = {"always": held(shapes, config, gpus)}
     if grpo:
         phases["rollout"] = rollout(shapes, config, per_rank, prompt_tokens)
-    phases["update"] = update(shapes, config, batch * (prompt_tokens + completion), per_rank > batch, gpus)
+    accumulates = per_rank > batch or together < generations
+    phases["update"] = update(shapes, config, batch * (prompt_tokens + completion), accumulates, gpus)
     return phases
 
 
@@ -126,16 +129,15 @@ def main():
     parser.add_argument("config")
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--memory", type=float, default=80, help="of one GPU, in GB (1e9 bytes)")
-    parser.add_argument("--prompt-tokens", type=int, help="of the longest prompt; default: the config's limit")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
     try:
         config = read_config(args.config, args.overrides)
         if isinstance(config, EvalConfig):
             raise ConfigError(f"{args.config}: expected a training config")
-        prompt_tokens = args.prompt_tokens or config.max_prompt_length
-        if not prompt_tokens:
-            raise ConfigError(f"{args.config}: max_prompt_length is not set; say --prompt-tokens")
+        prompt_tokens = config.max_prompt_length
+        if prompt_tokens is None:
+            raise ConfigError(f"{args.config}: max_prompt_length is not set; add max_prompt_length=TOKENS")
         name, thinker = thinker_of(config.model)
         shapes = shapes_of(thinker, config.lora)
     except USER_ERRORS as error:

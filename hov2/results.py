@@ -109,8 +109,7 @@ def compare(first, second):
         "pairs": pairs, "changed": [(a, b) for a, b in pairs if a["accuracy"] != b["accuracy"]],
         "better": sum(step > 0 for step in steps), "worse": sum(step < 0 for step in steps),
         "difference": mean(steps), "interval": interval(steps),
-        "only_first": [key[0] for key in first if key not in second],
-        "only_second": [key[0] for key in second if key not in first],
+        "only": [[key[0] for key in one if key not in other] for one, other in ((first, second), (second, first))],
     }
 
 
@@ -137,9 +136,9 @@ def table(rows):
 def format_summary(summary):
     """The summary as a text table."""
     rows = [(name, *cells) for name, cells in _scores_of(summary).items()]
-    counts = ", ".join(f"{name.replace('_', ' ')}: {summary[name]}" for name in (*COUNTS, "unscored", "unreadable"))
-    return (table([("problem type", *SCORE_CELLS), *rows])
-            + f"\nformat {_number(summary['format'])}, context {_number(summary['context'])}; {counts}")
+    others = [f"{name}: {_number(summary[name])}" for name in ("format", "context")]
+    others += [f"{name.replace('_', ' ')}: {summary[name]}" for name in (*COUNTS, "unscored", "unreadable")]
+    return table([("problem type", *SCORE_CELLS), *rows]) + "\n" + ", ".join(others)
 
 
 SCORE_CELLS = ("questions", "accuracy", "95 % interval")
@@ -157,12 +156,9 @@ def _scores_of(summary):
 
 def format_protocol(protocol):
     """One line that says how the answers were had."""
-    media = protocol["media"]
-    how = "greedy" if not protocol["temperature"] else "temperature {temperature:g}, top_p {top_p:g}, top_k {top_k}, " \
-          "{num_samples} samples, seed {seed}".format(**protocol)
-    return (f"{protocol['model']}, system prompt {protocol['system_prompt']!r}, {how}; at most "
-            f"{protocol['max_new_tokens']} new tokens, {media['max_frames']} frames, {media['fps']:g} a second, "
-            f"of {media['max_pixels']} pixels")
+    names = ("model", "system_prompt", "max_new_tokens", "max_frames", "fps", "max_pixels", "temperature")
+    names += ("top_p", "top_k", "num_samples", "seed") if protocol["temperature"] else ()  # else greedy
+    return ", ".join(f"{name} {(protocol | protocol['media'])[name]}" for name in names)
 
 
 def format_filter(records, rule):
@@ -177,25 +173,20 @@ def format_comparison(names, results, records):
     """Two evaluations side by side: `names`, `results` (results.json) and `records` (predictions.jsonl) of each."""
     found = compare(*records)
     lines = [f"{letter}: {name}" for letter, name in zip("AB", names)]
-    differences = differing(*(result["protocol"] for result in results))
-    lines += [f"{key}: A {a!r}, B {b!r}" for key, (a, b) in differences.items()]
+    lines += [f"{key}: A {a!r}, B {b!r}" for key, (a, b) in differing(*(r["protocol"] for r in results)).items()]
     one, other = map(_scores_of, results)
     rows = [(name, *one.get(name, NO_SCORE), *other.get(name, NO_SCORE)) for name in one | other]
     lines.append("\n" + table([("", *(f"{name} {cell}" for name in "AB" for cell in SCORE_CELLS)), *rows]))
     lines.append(f"\nof {len(found['pairs'])} questions in both, {found['better']} are better in B, {found['worse']} "
                  f"worse; B - A: {_number(found['difference'], '+')}  {_bounds(found['interval'], '+')}")
     lines += [f"{a['id']}: {_said(a)} -> {_said(b)}" for a, b in found["changed"]]
-    for letter, key in (("A", "only_first"), ("B", "only_second")):
-        if found[key]:
-            lines.append(f"only in {letter} ({len(found[key])}): {', '.join(found[key][:5])}"
-                         + (", ..." if len(found[key]) > 5 else ""))
+    lines += [f"only in {letter} ({len(ids)}): {', '.join(ids[:5])}" for letter, ids in zip("AB", found["only"]) if ids]
     return "\n".join(lines)
 
 
 def _said(record):
     said = record["error"] or record["parsed"] or record["answer"] or "no answer"
-    said = " ".join(said.split())
-    return f"{said if len(said) <= 40 else said[:37] + '...'} ({_number(record['accuracy'])})"
+    return f"{' '.join(said.split()):.40} ({_number(record['accuracy'])})"
 
 
 def _number(value, sign=""):

@@ -4,7 +4,6 @@
 Each type has one parser, which reads an answer (None or empty: nothing usable in it), and one scorer.
 """
 
-import functools
 import math
 import operator
 import re
@@ -30,8 +29,6 @@ def format_reward(text, rule="strict"):
     """
     if rule == "released":
         return float(_RELEASED.match(text) is not None)
-    if rule != "strict":
-        raise ValueError(f"format rule {rule!r} is not one of 'strict', 'released'")
     match = _STRICT.fullmatch(text.strip()) if sorted(_ANY_TAG.findall(text)) == _ONE_OF_EACH else None
     return float(match is not None and all(inner.strip() for inner in match.groups()))
 
@@ -109,11 +106,8 @@ _CAPITAL = r"(?:[B-HJ-Z]|A(?!\s+(?!(?:and|or|nor|is|was|because|since|as|but)\b)
 _ALONE = re.compile(rf"(?<![A-Za-z0-9'’.-])({_CAPITAL})", re.ASCII)
 # A letter that names an option: "B. sad", "b) sad", "(B) sad", "B: sad", "B - sad"; not the D of "D.C.".
 _LABEL = re.compile(r"\s*[\[(]?([A-Za-z])(?:[\])]|\s*[.:,;)](?!\w\.)|\s+[-–—]\s)", re.ASCII)
-# The later ones of a list: "A. sad, C. happy"; `_SPACED` ones only where lists are the rule: "B. Take C. It helps".
+# The later ones of a list: "A. sad, C. happy".
 _LISTED = re.compile(r"(?:[,;/&\n]|\band\b)\s*[\[(]?([A-Za-z])[\])]?\s*[.:)](?=\s+\w|\w\w)", re.ASCII)
-_SPACED = re.compile(r"\s[\[(]?([A-Z])[\])]?\s*[.:)](?=\s+\w|\w\w)", re.ASCII)
-# An option whose words are about other options: "D. Both A and B".
-_ABOUT_OTHERS = re.compile(r"[\[(]?[A-Za-z]\s*[.:)]\s*(?:both\s+)?[A-Z]\s+(?:and|or)\s", re.IGNORECASE)
 # A list of letters, each with brackets or none: "A or C", "(B), [D]".
 _ITEM = rf"\s*[\[(]?{_CAPITAL}[\])]?"
 _RUN = re.compile(rf"{_ITEM}(?:(?:\s*(?:[,;/&+]|\band\b|\bor\b))+{_ITEM})+", re.ASCII)
@@ -121,45 +115,38 @@ _LAST_SMALL = re.compile(r"\s*([a-z])\s*$", re.ASCII)
 _CUE = re.compile(r"\b(?:answer|option|choice|choose|select|pick)s?\b(?:[\s:=]|\b(?:is|are|be|would|should|must|the|"
                   r"letter|option|choice|correct|right|most|likely|probably)\b)*", re.IGNORECASE)
 _NEGATION = re.compile(r"\b(?:not|neither|nor|never|except)\b|n['’]t\b", re.IGNORECASE)
-_FILLER = {"and", "or", "both", "the", "my", "final", "best", "correct", "answer", "answers", "is", "are"}
-_FILLER |= {"option", "options", "choice", "choices", "letter", "letters"}
+_FILLER = {"and", "or", "the", "my", "final", "best", "correct", "answer", "answers", "is", "are",
+           "option", "options", "choice", "choices", "letter", "letters"}
 
 
-def choice_letters(text, many=False):
+def choice_letters(text):
     """The set of option letters, upper case, that `text` chooses; empty if none can be told.
 
-    An English article or a letter inside the option's words is no choice: "B. Vitamin A" is {"B"}, "A man" is empty.
-    `many`: several are the rule, so that "A. sad C. happy" is two.
-    """
+    An English article or a letter inside the option's words is no choice: "B. Vitamin A" is {"B"}, "A man" is empty.    """
     text = _plain(text)
     words = re.findall(r"[\w'’]+", text)
     letters = {word.upper() for word in words if re.fullmatch("[A-Za-z]", word)}
-    if all(word.lower() in _FILLER or word.upper() in letters for word in words) and not _ABOUT_OTHERS.match(text):
+    if all(word.lower() in _FILLER or word.upper() in letters for word in words):
         return letters  # nothing but letters: "B", "a, c", "(A) (C)", "The answer is A"
     if re.fullmatch("[A-J]{2,}", text) and len(set(text)) == len(text):
         return set(text)  # "AC"
-    chosen = _letters_at_start(text, many)
+    chosen = _letters_at_start(text)
     for cue in _CUE.finditer(text):
         rest = text[cue.end() :]
         last = _ALONE.match(rest) or _LAST_SMALL.match(rest)
-        chosen |= _letters_at_start(rest, many) or ({last.group(1).upper()} if last else set())
+        chosen |= _letters_at_start(rest) or ({last.group(1).upper()} if last else set())
     if not chosen and not _NEGATION.search(text):
         chosen = set(_ALONE.findall(text))  # "I think B"
     return chosen
 
 
-def _letters_at_start(text, many):
+def _letters_at_start(text):
     """The letters of a list that `text` starts with ("A or C, I think") or of its labels ("A. sad, C. happy")."""
-    if start := _RUN.match(text):
-        letters = _ALONE.findall(start.group())
-    elif start := _LABEL.match(text):
-        letters = [start.group(1)]
-        if _ABOUT_OTHERS.match(text):
-            return {letters[0].upper()}
-    else:
+    start = _RUN.match(text) or _LABEL.match(text)
+    if not start:
         return set()
-    later = _LISTED.findall(text, start.end()) + (_SPACED.findall(text, start.end()) if many else [])
-    return {letter.upper() for letter in letters + later}
+    first = _ALONE.findall(start.group()) if start.re is _RUN else [start.group(1)]
+    return {letter.upper() for letter in first + _LISTED.findall(text, start.end())}
 
 
 def set_f1(answer, reference, synonyms=0):
@@ -197,16 +184,15 @@ _NUMBER = (
 )
 _AT_START = re.compile(_NUMBER, re.ASCII)
 _ANYWHERE = re.compile(rf"(?<![A-Za-z0-9_^.])(?<!\d,){_NUMBER}(?![.,]?\d|\^)", re.ASCII)
-_UNIT_POWER = re.compile(r"(?<=[^\W\d_])\^?-?\d+")  # of "m2", "s^-1"
-_UNIT_START = re.compile(rf"\s*(?:$|[^\W\d_]|[{_MONEY}%°‰.,;!?/()\[\]\"'-])")
+# A unit or a sign, or nothing; digits only as the power of a unit: "m2", "s^-1".
+_UNIT = re.compile(rf"\s*(?:(?:[^\W\d_]|[{_MONEY}%°‰.,;!?/()\[\]\"'-])(?:\D|(?<=[^\W\d_])\^?-?\d+)*)?")
 
 
 def parse_number(text):
     """The number that `text` is, with a unit or currency sign at most; None for anything else, nan and inf too."""
     text = _plain_number(text)
     match = _AT_START.match(text)
-    unit = _UNIT_POWER.sub("", text[match.end() :]) if match else ""
-    return _number(match) if match and _UNIT_START.match(unit) and not re.search(r"\d", unit) else None
+    return _number(match) if match and _UNIT.fullmatch(text, match.end()) else None
 
 
 def find_number(text):
@@ -286,8 +272,6 @@ def ocr_accuracy(answer, reference):
         hypothesis, target = "".join(answer.split()), reference
     else:
         hypothesis, target = answer.split(), reference.split()
-    if len(hypothesis) >= 2 * len(target):  # the distance is at least the difference of the lengths
-        return 0.0
     return max(0.0, 1 - _edit_distance(hypothesis, target) / len(target))
 
 
@@ -327,7 +311,7 @@ def _fold(text):
 
 PROBLEM_TYPES = {  # name: (parser of answer and reference, scorer)
     "multiple choice": (choice_letters, operator.eq),
-    "emer_ov_mc": (functools.partial(choice_letters, many=True), set_f1),
+    "emer_ov_mc": (choice_letters, set_f1),
     "judge": (yes_or_no, operator.eq),
     "numerical": (parse_number, same_number),
     "regression": (find_number, relative_accuracy),

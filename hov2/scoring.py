@@ -5,7 +5,7 @@ whose solution has no context can't have a context reward).
 """
 
 import time
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
@@ -50,7 +50,7 @@ class Scorer:
 
     def __init__(self, judge=None, format_rule="strict", evaluation=False):
         self.judge, self.format_rule, self.evaluation = judge, format_rule, evaluation
-        # scores wait for the judge, so they have threads of their own
+        # each thread waits for one reply of the judge at a time
         self._pool = ThreadPoolExecutor(judge.config.concurrency if judge else 1, thread_name_prefix="score")
         self._window = deque(maxlen=judge.config.missing_window if judge else 1)  # of a step: why each is missing
 
@@ -92,14 +92,15 @@ class Scorer:
                     score.future = score.ask()
 
     def log_stats(self, means):
-        """Adds, since the last call, `judge/failure_rate` and `judge/latency` (seconds), weighted by requests, and how
-        often each fault occurred, `judge/faults/<kind>`, on all ranks."""
+        """Adds, since the last call, the share of requests without a score, `judge/failure_rate`, their mean time,
+        `judge/latency` (seconds), and how often each fault occurred, `judge/faults/<kind>`, on all ranks."""
         if self.judge is not None:
-            stats = self.judge.stats()
-            for name in ("failure_rate", "latency"):
-                means.add(f"judge/{name}", stats[name], stats["requests"])
+            replies = self.judge.take_replies()
+            means.add("judge/failure_rate", [float(reply.error is not None) for reply in replies])
+            means.add("judge/latency", [reply.latency for reply in replies])
+            faults = Counter(fault.kind for reply in replies for fault in reply.faults)
             for kind in FAULTS:
-                means.add(f"judge/faults/{kind}", stats["faults"][kind] * world_size())  # their mean is the sum
+                means.add(f"judge/faults/{kind}", faults[kind] * world_size())  # their mean is the sum
 
     def note(self, samples):
         """What a reader of the log should know about how these samples are scored, or ""."""
@@ -132,8 +133,7 @@ class Scorer:
             value = accuracy_reward(text, sample.solution, sample.problem_type, judge, evaluation=self.evaluation)
             reply = judge.reply if judge else JudgeReply(None)
         else:
-            reply = (self.judge.submit_context(text, sample.solution) if name == "context" else
-                     self.judge.submit_logic(text)).result()
+            reply = self.judge.context(text, sample.solution) if name == "context" else self.judge.logic(text)
             value = reply.score
         missing = reply.error is not None
         return Score(value, missing, reply.raw, reply.error, judged=missing or reply.score is not None)

@@ -20,6 +20,13 @@ from hov2 import toy
 DRIP = 0.05  # seconds between two bytes
 
 
+def stats(judge):
+    """What the replies since the last call add up to: requests, failures and faults by kind."""
+    replies = judge.take_replies()
+    return {"requests": len(replies), "failures": sum(reply.error is not None for reply in replies),
+            "faults": Counter(fault.kind for reply in replies for fault in reply.faults)}
+
+
 class Handler(toy._JudgeHandler):
     """One request: a fault, or the rule-based judge's answer."""
 

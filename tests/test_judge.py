@@ -2,16 +2,22 @@
 
 import json
 import logging
+import math
 import threading
 import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
+from judge_faults import stats
 
+from hov2 import judge as judge_module
 from hov2.config import JudgeConfig
+from hov2.distributed import Means
 from hov2.judge import AccuracyJudge, Judge, JudgeError, JudgeReply, parse_score
 from hov2.prompts import load_prompts
+from hov2.scoring import Scorer
 
 KEY = "sk-very-secret-0123456789"
 SECRET_TEXT = "the woman in the green coat hides a letter"
@@ -115,14 +121,20 @@ def judged(*script, first_delay=0.001, **config):
     try:
         yield judge, server
     finally:
-        judge.close()
         server.shutdown()
         thread.join()
         server.server_close()
 
 
 def ask(judge, text=SECRET_TEXT):
-    return judge.submit("consistency", reference="a", answer=text).result(timeout=10)
+    return judge.score("consistency", reference="a", answer=text)
+
+
+def logic_scores(judge, count):
+    """As a step of training asks for them, all at once."""
+    scorer = Scorer(judge)
+    scores = [scorer.submit("logic", f"<context>{i}</context><think>t</think>", None) for i in range(count)]
+    return [score.result().value for score in scores]
 
 
 def reset(handler):
@@ -162,8 +174,7 @@ def test_all_requests_of_a_step_are_in_flight_at_once():
         handler.answer(*chat("3"))
 
     with judged(wait_for_everyone, concurrency=12) as (judge, server):
-        pending = [judge.submit("logic", context=str(i), think="t") for i in range(12)]
-        assert [future.result(timeout=10).score for future in pending] == [0.6] * 12
+        assert logic_scores(judge, 12) == [0.6] * 12
         assert server.most == 12
 
 
@@ -173,8 +184,7 @@ def test_no_more_than_concurrency_requests_are_in_flight():
         handler.answer(*chat("3"))
 
     with judged(slow, concurrency=3) as (judge, server):
-        pending = [judge.submit("logic", context=str(i), think="t") for i in range(9)]
-        assert [future.result(timeout=10).score for future in pending] == [0.6] * 9
+        assert logic_scores(judge, 9) == [0.6] * 9
         assert server.most <= 3
 
 
@@ -194,15 +204,15 @@ def test_failures_that_pass_are_tried_again(failure):
     with judged(failure, failure, chat("4")) as (judge, server):
         assert ask(judge).score == 0.8
         assert len(server.requests) == 3
-        assert judge.stats()["failures"] == 0
+        assert stats(judge)["failures"] == 0
 
 
 @pytest.mark.parametrize(
     ("failure", "reason"),
     [
         ((500, {}, SECRET_TEXT), "HTTP 500"), (chat("4 or 5"), "the reply states no score"),
-        (half, "the reply broke off"),
-        ((200, {}, "<html>"), "the reply is no chat completion"), (reset, "connection reset"),
+        (half, "IncompleteRead"),
+        ((200, {}, "<html>"), "the reply is no chat completion"), (reset, "ConnectionResetError"),
     ],
 )  # fmt: skip
 def test_failures_that_stay_are_a_missing_score_never_zero(failure, reason):
@@ -231,18 +241,19 @@ def test_a_hanging_server_is_given_up_in_time():
 
 
 def test_retry_after_is_waited_for():
-    with judged((429, {"Retry-After": "1"}, ""), (429, {"Retry-After": "soon"}, ""), chat("5")) as (judge, server):
+    with judged((429, {"Retry-After": "1"}, ""), (429, {"Retry-After": "soon"}, ""),
+                (429, {"Retry-After": "٣"}, ""), chat("5")) as (judge, server):
         assert ask(judge).score == 1.0
-        first, second, third = (request[0] for request in server.requests)
+        first, second, third, fourth = (request[0] for request in server.requests)
         assert 1.0 <= second - first < 2.0
-        assert third - second < 0.5
+        assert third - second < 0.5 and fourth - third < 0.5
 
 
 def test_the_waits_double_and_are_the_same_every_time(monkeypatch):
     def waits_of_one_run():
         with judged((500, {}, ""), max_retries=4, first_delay=8.0) as (judge, _):
             waits = []
-            monkeypatch.setattr(judge._closed, "wait", waits.append)  # returns None: not closed
+            monkeypatch.setattr(judge_module, "time", SimpleNamespace(monotonic=time.monotonic, sleep=waits.append))
             ask(judge)
             return waits
 
@@ -256,42 +267,34 @@ def test_a_dead_server_is_missing_and_check_names_it():
     with judged(chat("4")) as (_, server):
         url = server.url
     judge = Judge(JudgeConfig(url=url, max_retries=1), load_prompts(), first_delay=0.001)
-    assert ask(judge).error == f"127.0.0.1:{server.server_address[1]}: connection refused"
-    message = f"no judge at {url}: .*connection refused; judge.url is .*http://localhost:8000/v1"
+    assert ask(judge).error == f"127.0.0.1:{server.server_address[1]}: ConnectionRefusedError"
+    message = f"no judge at {url}: .*ConnectionRefusedError; judge.url is .*http://localhost:8000/v1"
     with pytest.raises(JudgeError, match=message):
         judge.check()
-    judge.close()
 
 
 def test_check():
     with judged((503, {}, "loading"), chat("any words")) as (judge, server):
         judge.check()
         assert len(server.requests) == 2
-        assert judge.stats()["requests"] == 0
+        assert stats(judge)["requests"] == 0
     with judged((404, {}, "")) as (judge, _), pytest.raises(JudgeError, match="HTTP 404; judge.url is what"):
         judge.check()
 
 
-def test_stats_count_since_the_last_call():
+def test_replies_are_counted_since_the_last_call():
     with judged(chat("4"), (400, {}, ""), chat("5")) as (judge, _):
         replies = [ask(judge, str(i)) for i in range(4)]
-        stats = judge.stats()
         assert [reply.score for reply in replies] == [0.8, None, 1.0, 1.0]
-        assert (stats["requests"], stats["failures"], stats["failure_rate"]) == (4, 1, 0.25)
-        assert stats["faults"] == {"http_other": 1}
-        assert stats["latency"] == pytest.approx(sum(reply.latency for reply in replies) / 4) and stats["latency"] > 0
-        assert judge.stats() == {"requests": 0, "failures": 0, "failure_rate": 0.0, "latency": 0.0, "faults": {}}
-
-
-def test_close_gives_up_waiting():
-    with judged((500, {}, ""), first_delay=20.0) as (judge, server):
-        pending = judge.submit("consistency", reference="a", answer="b")
-        while not server.requests:
-            time.sleep(0.005)
-        started = time.monotonic()
-        judge.close()
-        assert pending.result().error.endswith("HTTP 500")
-        assert time.monotonic() - started < 2
+        scorer, means = Scorer(judge), Means()
+        scorer.log_stats(means)
+        metrics = means.reduce()
+        assert metrics["judge/failure_rate"] == 0.25 and metrics["judge/faults/http_other"] == 1
+        assert metrics["judge/latency"] == pytest.approx(sum(reply.latency for reply in replies) / 4)
+        assert metrics["judge/latency"] > 0 and judge.take_replies() == []
+        scorer.log_stats(means)
+        metrics = means.reduce()
+        assert math.isnan(metrics["judge/failure_rate"]) and metrics["judge/faults/http_other"] == 0
 
 
 # ---------------------------------------------------------------------------------------------- cache
@@ -302,7 +305,7 @@ def test_the_cache_saves_requests_and_holds_scores_only(tmp_path):
         assert ask(judge).score == 0.8
         assert ask(judge) == JudgeReply(0.8)
         assert len(server.requests) == 1
-        assert judge.stats()["requests"] == 1
+        assert stats(judge)["requests"] == 1
         ask(judge, "another answer")
         assert len(server.requests) == 2
         files = list((tmp_path / "scores").iterdir())
@@ -351,7 +354,6 @@ def test_the_key_is_sent_and_shown_nowhere(monkeypatch, caplog, tmp_path):
         assert len([reply for reply in replies if reply.error]) == 4
         assert not any(KEY in text for text in shown)
         with pytest.raises(JudgeError) as error:
-            judge._closed.set()
             server.script = [(401, {}, KEY)]
             judge.check()
         assert KEY not in str(error.value) and KEY not in "".join(file.read_text() for file in tmp_path.iterdir())
@@ -377,18 +379,12 @@ def test_an_unusable_key_is_an_error_at_once(monkeypatch, value, message):
     assert not value or value not in str(error.value)
 
 
-@pytest.mark.parametrize("url", ["localhost:8000/v1", "", "ftp://x/v1", "http://", "http://:80/v1"])
+@pytest.mark.parametrize("url", ["localhost:8000/v1", "", "ftp://x/v1", "http://", "http://:80/v1", "http://me:hush@x/v1",
+                                 "http://x/v1?key=hush", "http://x:y/v1", "http://a b/v1", "http://x/ü"])
 def test_an_unusable_url_is_an_error_at_once(url):
-    with pytest.raises(ValueError, match="judge.url: expected a base like http://localhost:8000/v1"):
+    with pytest.raises(JudgeError, match="judge.url: expected a base like http://localhost:8000/v1") as error:
         Judge(JudgeConfig(url=url), load_prompts())
-
-
-def test_a_password_in_the_url_is_not_shown():
-    judge = Judge(JudgeConfig(url="http://me:hush@127.0.0.1:9/v1", max_retries=0), load_prompts())
-    with pytest.raises(JudgeError, match="http://127.0.0.1:9/v1") as error:
-        judge.check()
-    assert "hush" not in str(error.value) + repr(judge)
-    judge.close()
+    assert "hush" not in str(error.value)
 
 
 def test_only_the_config_is_honoured(monkeypatch):
@@ -408,8 +404,8 @@ REFERENCE = "<context>a man waits alone</context><think>t</think><answer>B</answ
 
 def test_context_and_logic_ask_with_the_blocks():
     with judged(chat("4"), chat("3")) as (judge, server):
-        assert judge.submit_context(FULL, REFERENCE).result().score == 0.8
-        assert judge.submit_logic(FULL).result().score == 0.6
+        assert judge.context(FULL, REFERENCE).score == 0.8
+        assert judge.logic(FULL).score == 0.6
         context, logic = (request[3]["messages"][1]["content"] for request in server.requests)
         assert "[Reference]\na man waits alone\n" in context and "[Candidate]\na man waits\n" in context
         assert "[Description]\na man waits\n" in logic and "[Reasoning]\nhe is sad\n" in logic
@@ -419,16 +415,16 @@ def test_missing_blocks_score_zero_without_a_request():
     with judged(chat("5")) as (judge, server):
         no_context, no_think = "<think>t</think>", "<context>c</context><think>cut"
         blank = "<context> </context><think>t</think>"
-        assert [judge.submit_context(text, REFERENCE).result().score for text in (no_context, blank, "")] == [0.0] * 3
-        assert [judge.submit_logic(text).result().score for text in (no_context, no_think, blank, "")] == [0.0] * 4
-        assert judge.submit_context(no_context, REFERENCE).result().error is None
-        assert server.requests == [] and judge.stats()["requests"] == 0
+        assert [judge.context(text, REFERENCE).score for text in (no_context, blank, "")] == [0.0] * 3
+        assert [judge.logic(text).score for text in (no_context, no_think, blank, "")] == [0.0] * 4
+        assert judge.context(no_context, REFERENCE).error is None
+        assert server.requests == [] and stats(judge)["requests"] == 0
 
 
 def test_a_reference_without_context_does_not_apply():
     with judged(chat("5")) as (judge, server):
         for solution in ("<answer>B</answer>", "B", "<context></context><answer>B</answer>"):
-            assert judge.submit_context(FULL, solution).result() == JudgeReply(None)
+            assert judge.context(FULL, solution) == JudgeReply(None)
         assert server.requests == []
 
 

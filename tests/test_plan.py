@@ -90,6 +90,14 @@ def test_shares_shrink_with_gpus_and_accumulation_keeps_whole_gradients():
     assert rollout(shapes, config, 2, 100)["KV cache"] == kv_bytes(shapes, 2 * (100 + 8 * 1024))
 
 
+def test_completions_that_go_through_in_parts_need_fewer_tokens_at_a_time():
+    shapes, all_at_once = shapes_of(tiny_thinker()), config_of()
+    whole, in_parts = (plan(shapes, config_of(completions_per_forward=k), 8, 100)["update"] for k in (8, 3))
+    assert whole == plan(shapes, all_at_once, 8, 100)["update"] and whole["gradients kept whole"] == 0
+    expected = update(shapes, all_at_once, 100 + 3 * 1024, accumulates=True, gpus=8)
+    assert in_parts == expected and in_parts["gradients kept whole"] == 4 * shapes.trained
+
+
 def test_lora_trains_its_adapters_only():
     thinker = tiny_thinker()
     add_lora(thinker, LoRAConfig(rank=2))
@@ -122,7 +130,8 @@ def test_what_does_not_fit_and_what_can_not_be_planned(monkeypatch, capsys, tmp_
     code, _ = run(monkeypatch, capsys, "configs/eval.json")
     assert code == "error: configs/eval.json: expected a training config"
     code, _ = run(monkeypatch, capsys, "configs/toy/stage2.json")
-    assert code == "error: configs/toy/stage2.json: max_prompt_length is not set; say --prompt-tokens"
+    assert code == "error: configs/toy/stage2.json: max_prompt_length is not set; add max_prompt_length=TOKENS"
+    assert run(monkeypatch, capsys, "configs/toy/stage2.json", model, "max_prompt_length=100")[0] == 0
 
 
 def test_held_bytes_of_the_test_kit_and_the_plan_agree():

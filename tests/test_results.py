@@ -133,7 +133,7 @@ def test_comparison_names_what_changed():
     found = compare(first, second)
     assert len(found["pairs"]) == 5 and (found["better"], found["worse"], found["difference"]) == (1, 1, 0.0)
     assert [a["id"] for a, _ in found["changed"]] == ["b", "c", "e"]
-    assert found["only_first"] == ["gone"] and found["only_second"] == ["new"]
+    assert found["only"] == [["gone"], ["new"]]
     protocol = {"model": "m", "system_prompt": "hov2", "seed": 0}
     results = [{"protocol": protocol | {"model": name}, **summarize(records)}
                for name, records in (("one", first), ("two", second))]
@@ -147,7 +147,7 @@ def test_comparison_names_what_changed():
 def test_protocol_in_one_line():
     protocol = {"model": "m", "system_prompt": "none", "max_new_tokens": 64, "temperature": 0.0,
                 "media": {"max_frames": 32, "fps": 2.0, "max_pixels": 100352}}
-    assert format_protocol(protocol) == ("m, system prompt 'none', greedy; at most 64 new tokens, 32 frames, "
-                                         "2 a second, of 100352 pixels")
+    assert format_protocol(protocol) == ("model m, system_prompt none, max_new_tokens 64, max_frames 32, fps 2.0, "
+                                         "max_pixels 100352, temperature 0.0")
     sampled = protocol | {"temperature": 0.9, "top_p": 1.0, "top_k": 50, "num_samples": 8, "seed": 0}
-    assert "temperature 0.9, top_p 1, top_k 50, 8 samples, seed 0; at most" in format_protocol(sampled)
+    assert format_protocol(sampled).endswith("temperature 0.9, top_p 1.0, top_k 50, num_samples 8, seed 0")

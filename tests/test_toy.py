@@ -121,7 +121,7 @@ def test_the_thinker_loads_and_its_prompts_are_short(world):
 ])
 def test_context_rule(judge, candidate, score):
     reference = "<context>A smile, a falling voice, a red wall.</context>"
-    reply = judge.submit_context(f"<context>{candidate}</context>", reference).result()
+    reply = judge.context(f"<context>{candidate}</context>", reference)
     assert reply.error is None and reply.score == pytest.approx(score, abs=1e-3)
 
 
@@ -131,7 +131,7 @@ def test_context_rule(judge, candidate, score):
 ])
 def test_logic_rule(judge, think, score):
     text = f"<context>A smile, a falling voice, a red wall.</context><think>{think}</think>"
-    assert judge.submit_logic(text).result().score == pytest.approx(score)
+    assert judge.logic(text).score == pytest.approx(score)
 
 
 def test_consistency_and_synonyms_rules(judge):
