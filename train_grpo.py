@@ -96,7 +96,11 @@ def main(config):
     sampling = sampling_for(run.tokenizer, policy.thinker.config, max_completion_length=config.max_completion_length,
                             temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
                             stop_at_answer=config.stop_at_answer, compile=config.compile)
-    report(config, samples, steps)
+    completions = config.prompts_per_step * config.num_generations
+    report_derived("GRPO", config, len(samples), config.prompts_per_step, steps, {
+        "iterations a step": config.num_iterations, "completions a step": completions,
+        "completion tokens a step": f"at most {completions * config.max_completion_length}",
+        "rewards": ", ".join(f"{name} x {weight:g}" for name, weight in config.reward_weights.items())})
 
     for step in traced(range(first, steps), config, distributed.rank()):
         # --- 1. Prompts: whole prompts of this rank, each clip through the towers once --------------------------------
@@ -193,21 +197,6 @@ def main(config):
     loader.close()
     log.close()
     distributed.cleanup()
-
-
-def report(config, samples, steps):
-    """Prints what follows from the config, before the first step, so that a wrong number is seen at once."""
-    world = distributed.world_size()
-    report_derived("GRPO", {
-        "samples": len(samples),
-        "steps x iterations": f"{steps} x {config.num_iterations}",
-        "prompts a step": f"{config.prompts_per_step} ({config.prompts_per_step // world} a rank, {world} ranks)",
-        "gradient accumulation": -(-config.prompts_per_step // world // config.per_device_train_batch_size),
-        "completions a step": config.prompts_per_step * config.num_generations,
-        "completion tokens a step":
-            f"at most {config.prompts_per_step * config.num_generations * config.max_completion_length}",
-        "rewards": ", ".join(f"{name} x {weight:g}" for name, weight in config.reward_weights.items()),
-    })
 
 
 def sample_completions(run, groups, sampling, step):

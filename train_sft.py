@@ -41,7 +41,7 @@ def main(config):
     first = checkpoints.resume()
     log = MetricsLog(config.output_dir, distributed.rank(), config.report_to, steps, first)
     timer, means, guard = Timer(), distributed.Means(), Guard(config, first, log.history)
-    report(config, samples, steps)
+    report_derived("SFT", config, len(samples), config.samples_per_step, steps)
 
     for step in traced(range(first, steps), config, distributed.rank()):
         # --- Samples: prompts with their media encoded, and what the assistant should say -----------------------------
@@ -108,17 +108,6 @@ def count_labels(run, prompt, completion):
                              device=completion.device)
         count = count + (~torch.isin(prompt.ids[1:], media)).sum()
     return count
-
-
-def report(config, samples, steps):
-    """Prints what follows from the config, before the first step, so that a wrong number is seen at once."""
-    world = distributed.world_size()
-    report_derived("SFT", {
-        "samples": len(samples),
-        "steps": steps,
-        "samples a step": f"{config.samples_per_step} ({config.samples_per_step // world} a rank, {world} ranks)",
-        "gradient accumulation": -(-config.samples_per_step // world // config.per_device_train_batch_size),
-    })
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ from hov2.config import REWARDS, ConfigError
 # What the console line shows, in this order, of the metrics that a step has: (metric, heading, format).
 CONSOLE = [("loss", "loss", "8.4f"), ("reward", "reward", "6.3f"),
            *((f"rewards/{name}/mean", name, "5.2f") for name in REWARDS), ("kl", "kl", "8.5f"),
-           ("completions/mean_length", "length", "6.1f"), ("grad_norm", "grad", "7.3f"), ("learning_rate", "lr", "8.2e"),
-           ("eval/accuracy", "eval", "6.3f")]
+           ("completions/mean_length", "length", "6.1f"), ("grad_norm", "grad", "7.3f"),
+           ("learning_rate", "lr", "8.2e"), ("eval/accuracy", "eval", "6.3f")]
 
 
 class MetricsLog:

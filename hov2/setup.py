@@ -80,7 +80,9 @@ def report_replaced(loader, step):
             say(f"step {step}: sample {entry['id']} replaced by {entry['by']}: {entry['reason']}")
 
 
-def report_derived(title, numbers):
+def report_derived(title, config, samples, per_step, steps, more=None):
     """Prints the numbers that follow from a config, before the first step, so that a wrong one is seen at once."""
-    width = max(map(len, numbers))
-    say("\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in numbers.items())]))
+    ranks = distributed.world_size()
+    numbers = {"samples": samples, "steps": steps, "samples a step": f"{per_step} ({per_step // ranks} on each rank)",
+               "gradient accumulation": -(-per_step // ranks // config.per_device_train_batch_size)} | (more or {})
+    say("\n".join([title, *(f"  {name:<26}{value}" for name, value in numbers.items())]))
