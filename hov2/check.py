@@ -67,7 +67,8 @@ def read_parts(configs, media):
         prompts, make = load_prompts(config.prompts), None
         base = bases[Path(config.output_dir, "model")] = bases.get(Path(config.model), config.model)
         if media == "decode" and config.max_prompt_length:
-            make = InputMaker(load_tokenizer(base), prompts, config.media, config.max_prompt_length, config.on_long_prompt)
+            make = InputMaker(load_tokenizer(base), prompts, config.media, config.max_prompt_length,
+                              config.on_long_prompt)
         entries = [(path, source) for source in config.data]
         entries += [(f"{path} (held out)", source) for source in getattr(config, "eval_data", [])]
         entries += [(path, None)] if getattr(config, "benchmark", None) else []
