@@ -28,7 +28,7 @@ def run(copy):
     from hov2 import toy
     from hov2.config import GRPOConfig, load_config
 
-    assert Path(train_grpo.__file__).parent == Path(toy.__file__).parent.parent == copy
+    assert Path(train_grpo.__file__).parent == Path(toy.__file__).parents[2] == copy
     toy.prepare = lambda config: None
     for line in Path("commands.txt").read_text().splitlines():
         words = shlex.split(line)
