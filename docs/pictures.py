@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 from hov2.report import make_report
 
 STYLE = """<style>
-text { fill: #848d97; font: 10.5px system-ui, sans-serif; }
+text { fill: #848d97; font: 10.5px system-ui, sans-serif; text-anchor: end; }
 path { fill: none; stroke: #8884; }
 path.run { stroke: #4493f8; stroke-width: 2; stroke-linejoin: round; }
 </style>"""

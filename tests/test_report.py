@@ -51,8 +51,11 @@ def test_records_are_those_of_the_dump_with_their_blocks(run):
                          "answer": "<answer>B</answer>"}
         assert record["completions"][3].pop("blocks") == {}
         assert record["completions"][2]["rewards"]["context"] is None  # missing, not 0
-        for completion in record["completions"][:3]:
-            del completion["blocks"]
+        for completion in record["completions"]:
+            completion.pop("blocks", None)
+            total = completion["tokens"].pop("credit/total")
+            credits = [values for key, values in completion["tokens"].items() if key.startswith("credit/")]
+            assert total == pytest.approx([sum(values) for values in zip(*credits)], abs=1e-5) and any(total)
         assert record == json.loads(json.dumps(wanted))
 
 
@@ -62,7 +65,7 @@ def test_a_clip_is_what_the_model_saw_and_heard(run):
     media = report_media()
     assert len(pictures) == len(media.frames) == MEDIA["max_frames"]
     for picture, frame in zip(pictures, media.frames):
-        assert max(picture.shape) == report.THUMBNAIL
+        assert picture.shape[:2] == (report.THUMBNAIL, 120)  # of what the model saw
         assert abs(picture.mean((0, 1)) - frame.float().mean((1, 2)).numpy()).max() < 3  # the same colours
     sound = decode(clip["sound"], "audio/webm")
     assert clip["seconds"] == pytest.approx(len(media.audio) / 16000)
@@ -74,8 +77,8 @@ def test_sound_alone_and_an_image(tmp_path):
     sound = report.read_clip(str(DATA / "lena.opus"), MEDIA)
     assert sound["frames"] == [] and decode(sound["sound"], "audio/webm").shape[1] / 48000 == pytest.approx(12.3, abs=0.2)
     image = report.read_clip(synth_clip(tmp_path / "still.png", size=84), MEDIA)
-    assert image["fps"] is None and "sound" not in image
-    assert [decode(uri, "image/jpeg").shape for uri in image["frames"]] == [(84, 84, 3)]
+    assert "sound" not in image
+    assert [decode(uri, "image/jpeg").shape for uri in image["frames"]] == [(report.THUMBNAIL, report.THUMBNAIL, 3)]
 
 
 def report_media():
@@ -111,18 +114,18 @@ def test_prompts_of_a_step_are_bounded(tmp_path, monkeypatch):
         json.dumps(make_record(0, "none.mp4", name=f"clip/{n}")) + "\n" for n in range(4)))
     packed = report.pack_rollouts(tmp_path / "run", 1e9)
     assert [record["sample"] for record in steps_of(packed)[0]] == ["clip/0", "clip/2"]
-    assert packed["prompts"] == 4
 
 
 def test_the_last_line_of_a_run_that_is_still_writing_is_left_out(tmp_path):
     lines = [json.dumps({"step": n, "reward": n if n != 1 else None}) for n in range(3)]
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 3, "rew']))
-    assert report.read_metrics(tmp_path / "metrics.jsonl") == {"steps": [0, 1, 2], "values": {"reward": [0, None, 2]}}
+    assert report.read_records(tmp_path / "metrics.jsonl") == list(map(json.loads, lines))
 
 
 def test_every_metric_is_explained_by_the_docs():
     patterns = [names for names, _ in report.explanations()]
-    for metric in ("reward", "rewards/context/mean", "clip_ratio/high", "judge/faults/timeout", "time/update"):
+    for metric in ("reward", "rewards/context/mean", "clip_ratio/high", "judge/faults/timeout", "time/update",
+                   "credit/total", "credit/logic", "kl"):
         assert sum(bool(re.search(pattern, f"`{metric}`")) for pattern in patterns) == 1, metric
 
 
@@ -138,7 +141,7 @@ def test_evaluations_and_what_changed_between_two_runs(run, tmp_path):
 def test_a_run_without_rollouts_and_clips_that_are_not_there(run, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": 1.5}\n')
     shown = data_of(report.make_report([tmp_path]))["runs"][0]
-    assert shown["values"] == {"loss": [1.5]} and shown["rollouts"]["dumped"] == 0
+    assert shown["metrics"] == [{"step": 0, "loss": 1.5}] and shown["rollouts"]["dumped"] == 0
     assert report.read_clip("/none.mp4", MEDIA) == {"error": "/none.mp4: no such file"}
 
 

@@ -77,14 +77,14 @@ def press(browser, label):
 def views_of(completion):
     """{view: a value for each token} of a completion, from the dump."""
     credits = {name[7:]: values for name, values in completion["tokens"].items() if name.startswith("credit/")}
-    return credits | {"total": [sum(of) for of in zip(*credits.values())], "KL": completion["tokens"]["kl"]}
+    return credits | {"total": [sum(of) for of in zip(*credits.values())], "kl": completion["tokens"]["kl"]}
 
 
 def test_a_tokens_tint_is_its_credit(browser, page):
     show(browser, page)
     values = [views_of(completion) for completion in make_record(0, "-")["completions"]]
-    largest = max(abs(v) for of in values for name in of if name != "KL" for v in of[name])
-    scales = dict.fromkeys(("total", "full", "context", "logic"), largest) | {"KL": max(max(of["KL"]) for of in values)}
+    largest = max(abs(v) for of in values for name in of if name != "kl" for v in of[name])
+    scales = dict.fromkeys(("total", "full", "context", "logic"), largest) | {"kl": max(max(of["kl"]) for of in values)}
     for view, scale in scales.items():
         press(browser, view)
         for article, of in zip(find(browser, "article"), values, strict=True):
@@ -93,7 +93,7 @@ def test_a_tokens_tint_is_its_credit(browser, page):
             for t in {0, 2, len(tokens) // 2, len(tokens) - 1}:
                 rgb, opacity = colour(tokens[t])
                 assert opacity == pytest.approx(OPACITY * abs(of[view][t]) / scale, abs=0.005), (view, t)
-                wanted = VIOLET if view == "KL" else GREEN if of[view][t] > 0 else ORANGE
+                wanted = VIOLET if view == "kl" else GREEN if of[view][t] > 0 else ORANGE
                 assert rgb == wanted or opacity == 0, (view, t)
         assert f"{scale:.4g}" in find(browser, ".legend")[0].text
 
@@ -107,11 +107,11 @@ def test_completions_show_scores_blocks_and_clipped_tokens(browser, page):
     assert cells["context"] == cells["A context"] == "missing"
     assert cells["logic"] == "0.2" and cells["A logic"] == "−0.25"
     record = make_record(0, "-")["completions"][2]
-    assert cells["A, sum"] == "−0.35"  # of full −0.1 and logic −0.25
+    assert cells["A full"] == "−0.1"
     clipped, = find(browser, ".token.clipped")
     assert clipped == find(third, ".token")[2]
     facts = clipped.get_attribute("data-facts").split("\n")
-    assert {f"id  {record['token_ids'][2]}", "ratio  0.3679", "clipped  true", "logp  −1.5"} <= {*facts}
+    assert {f"id  {record['token_ids'][2]}", "ratio  0.3679", "clipped  true", "logp  −1.5", "credit/total  −0.35"} <= {*facts}
 
 
 def test_all_views_open_without_an_error_and_model_output_stays_text(browser, page):
@@ -128,7 +128,7 @@ def test_all_views_open_without_an_error_and_model_output_stays_text(browser, pa
     pieces = browser.execute_script("return [...document.querySelectorAll('article')[2].querySelectorAll('.token')]"
                                     ".map(token => token.textContent).join('')")
     assert pieces == make_record(0, "-")["completions"][2]["text"] and EVIL in pieces
-    assert [image.get_property("naturalWidth") for image in find(browser, ".frames img")] == 4 * [112]
+    assert [image.get_property("naturalWidth") for image in find(browser, ".prompt img")] == 4 * [120]
     sound = browser.execute_async_script("""
         const done = arguments[0], audio = document.querySelector("audio");
         if (audio.readyState) done(audio.duration);
@@ -172,5 +172,5 @@ def test_a_report_of_500_steps_is_below_20_mb_and_opens_within_2_seconds(browser
         assert len(show(browser, path.as_uri())) == 4
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 2
-    assert re.match(r"\d+ of 500 steps are shown", find(browser, "#controls .note")[0].text)
+    assert re.match(r"\d+ of 500 steps are shown", find(browser, "#controls small")[0].text)
     assert browser.get_log("browser") == []
