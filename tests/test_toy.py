@@ -33,7 +33,6 @@ def judge():
     with toy.RuleJudge() as server:
         client = Judge(JudgeConfig(url=server.url), load_prompts())
         yield client
-        client.close()
 
 
 def clips(count=64):
