@@ -169,8 +169,9 @@ def main(config):
                             max_completion_length=config.max_completion_length)
                         # bnpo divides by each group's own tokens, so that the step is a mean of groups
                         parts.append(part / config.prompts_per_step if config.loss_type == "bnpo" else part)
-                        mask = group.mask[rows]
-                        log_update(means, mask, metrics | {"entropy": masked_mean(entropy, mask)})
+                        metrics["entropy"] = masked_mean(entropy, group.mask[rows])
+                        for name, value in metrics.items():
+                            means.add(name, value, weight=group.mask[rows].sum())
                     loss = sum(parts) * distributed.world_size()  # FSDP averages gradients over ranks; ours is a sum
                     guard.backward(loss)
                     means.add("loss", loss * len(batches))  # the mean over ranks and batches is then the step's loss
@@ -282,12 +283,6 @@ def log_rewards(means, full):
         if len(present) > 1:
             means.add("reward_std", present.std())
             means.add("frac_reward_zero_std", float(present.max() == present.min()))
-
-
-def log_update(means, mask, metrics):
-    """The metrics of one loss, weighted by its tokens."""
-    for name, value in metrics.items():
-        means.add(name, value, mask.sum())
 
 
 def dump_record(step, group, config):

@@ -6,7 +6,6 @@ every rank makes the same number of forward and backward calls, and no rank talk
 
 import os
 import uuid
-from collections import Counter
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -99,9 +98,7 @@ def global_sum(values):
 
 def compute_dtype(name, device):
     """"auto" is bfloat16 on CUDA and float32 on the CPU; otherwise the named type."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return getattr(torch, name)
+    return getattr(torch, {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(name, name))
 
 
 def make_mesh(device, within_node=False):
@@ -165,21 +162,20 @@ class Means:
     """Running means over a step, its micro-batches and all ranks; NaN values are left out."""
 
     def __init__(self):
-        self._sums, self._counts = Counter(), Counter()
+        self._sums = {}  # name: (sum, count)
 
     def add(self, name, values, weight=1.0):
         """Adds a number, or each present number of a tensor or list; `weight` counts each."""
         values = torch.as_tensor(values, dtype=torch.float32).detach().flatten()
         present = ~values.isnan()
-        self._sums[name] += values.where(present, 0.0).sum() * weight
-        self._counts[name] += present.sum() * weight
+        part = torch.stack([values.where(present, 0.0).sum(), present.sum()]) * weight
+        self._sums[name] = self._sums.get(name, 0.0) + part
 
     def reduce(self):
         """{name: mean over all ranks}, the same on every rank; NaN where nothing was present. Starts anew."""
-        mine = [{name: float(value) for name, value in part.items()} for part in (self._sums, self._counts)]
-        self._sums, self._counts = Counter(), Counter()
-        sums, counts = Counter(), Counter()
-        for their_sums, their_counts in gather_objects(mine):
-            sums.update(their_sums)  # adds
-            counts.update(their_counts)
-        return {name: sums[name] / counts[name] if counts[name] else float("nan") for name in sums}
+        mine, self._sums, whole = {name: part.tolist() for name, part in self._sums.items()}, {}, {}
+        for of_rank in gather_objects(mine):
+            for name, (total, count) in of_rank.items():
+                before = whole.get(name, (0.0, 0.0))
+                whole[name] = before[0] + total, before[1] + count
+        return {name: total / count if count else float("nan") for name, (total, count) in whole.items()}

@@ -45,7 +45,7 @@ def span_masks(token_bytes, credit="seen"):
     """
     if credit not in ("seen", "inside", "released"):
         raise ValueError(f"credit: {credit!r} is not one of 'seen', 'inside', 'released'")
-    text, ends = b"".join(token_bytes), _ends(token_bytes)
+    text, ends = b"".join(token_bytes), list(accumulate(map(len, token_bytes)))
     context, think = find_block(text, "context"), find_block(text, "think")
     masks = {"full": torch.ones(len(ends)), "context": torch.zeros(len(ends)), "logic": torch.zeros(len(ends))}
     for name, block in (("context", context), ("logic", think if context else None)):
@@ -103,10 +103,6 @@ def states_towards(tag, token_bytes):
         return len(tag) if tag in text else len(next(start for start in starts if text.endswith(start)))
 
     return [[after(start + token) for start in reversed(starts)] for token in token_bytes]
-
-
-def _ends(token_bytes):
-    return list(accumulate(map(len, token_bytes)))
 
 
 def _tokens_reaching(offset, ends):

@@ -154,7 +154,7 @@ def test_batch(lab, capsys):
     ({"problem": "a", "problem_type": "riddle"}, "problem_type: unknown 'riddle'"),
     ({"problem": "a", "problem_type": "multiple choice"}, "options: 'multiple choice' needs them"),
     ({"problem": "a", "options": "AB"}, "options: expected a list"),
-    ({"problem": "a", "path": "x.mp4"}, "path: a text sample has none"),
+    ({"problem": "a", "path": "x.mp4"}, "path: expected none for text"),
     ({"problem": "a", "path": {"sound": "x.mp4"}}, "path: expected an object with image and audio"),
     (5, "expected an object, got int"),
 ])

@@ -2,6 +2,7 @@
 
 import json
 import random
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
 
 from hov2.spans import (
-    _ends,
     _token_range,
     completion_texts,
     find_block,
@@ -34,7 +34,7 @@ def marked(pieces, mask):
 def seen_until(pieces, tag):
     """How many leading tokens reach through the end of the block."""
     block = find_block(b"".join(pieces), tag)
-    return _token_range(block, _ends(pieces), "seen")[1] if block else 0
+    return _token_range(block, list(accumulate(map(len, pieces))), "seen")[1] if block else 0
 
 
 def test_find_block_is_the_first_tag_and_the_first_closing_tag_after_it():

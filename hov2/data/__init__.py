@@ -232,20 +232,18 @@ def read_texts(record, where, names=("problem", "options", "solution"), problem_
 
 
 def _paths(record, where):
-    """(data type, {kind: file}) of a record."""
-    path = record.get("path")
-    data_type = record.get("data_type", "image_audio" if isinstance(path, dict) else None)
+    """(data type, {kind: file}) of a record; an object of paths is image_audio, also where it is published as image."""
+    path, data_type = record.get("path"), record.get("data_type")
+    if isinstance(path, dict) and data_type in (None, "image", "audio"):
+        data_type = "image_audio"
     if data_type not in DATA_TYPES:
         raise DataError(f"{where}: data_type: unknown {data_type!r}; known: {', '.join(DATA_TYPES)}")
-    if data_type == "text":
-        if path is not None:
-            raise DataError(f"{where}: path: a text sample has none, got {path!r}")
-        return data_type, {}
-    if isinstance(path, dict) and data_type != "video" or data_type == "image_audio":
-        if not isinstance(path, dict) or set(path) != {"image", "audio"}:
-            raise DataError(f"{where}: path: expected an object with image and audio, got {path!r}")
-        return "image_audio", {kind: text_field(path, kind, f"{where}: path") for kind in ("image", "audio")}
-    return data_type, {data_type: text_field(record, "path", where)}
+    kinds = {"text": (), "image_audio": ("image", "audio")}.get(data_type, (data_type,))
+    files = path if isinstance(path, dict) else {} if path is None else {data_type: path}
+    if set(files) != set(kinds):
+        expected = {"text": "none for text", "image_audio": "an object with image and audio"}.get(data_type, "a file")
+        raise DataError(f"{where}: path: expected {expected}, got {path!r}")
+    return data_type, {kind: text_field(files, kind, f"{where}: path") for kind in kinds}
 
 
 # ---- A sample as model inputs ----
