@@ -215,7 +215,7 @@ class GRPOConfig(TrainConfig):
         _need(self.num_generations >= 2, f"num_generations: at least 2, to compare them; got {self.num_generations}")
         _need(self.loss_type != "bnpo" or not self.completions_per_forward,
               "completions_per_forward: not with loss_type bnpo, whose divisor it would change")
-        _need(self.temperature > 0, f"temperature: greater than 0, for equal ones teach nothing; got {self.temperature}")
+        _need(self.temperature > 0, f"temperature: greater than 0, equals teach nothing; got {self.temperature}")
 
 
 @dataclass

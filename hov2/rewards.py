@@ -122,7 +122,8 @@ _FILLER = {"and", "or", "the", "my", "final", "best", "correct", "answer", "answ
 def choice_letters(text):
     """The set of option letters, upper case, that `text` chooses; empty if none can be told.
 
-    An English article or a letter inside the option's words is no choice: "B. Vitamin A" is {"B"}, "A man" is empty.    """
+    An English article or a letter inside the option's words is no choice: "B. Vitamin A" is {"B"}, "A man" is empty.
+    """
     text = _plain(text)
     words = re.findall(r"[\w'’]+", text)
     letters = {word.upper() for word in words if re.fullmatch("[A-Za-z]", word)}

@@ -95,8 +95,8 @@ def test_media_of_each_data_type(tmp_path):
     ({"options": ["A", 2]}, "options: expected a list of texts or null"),
     ({"solution": "<think>t</think><answer> </answer>"}, "solution "),
     ({"data_type": "film"}, "data_type: unknown 'film'; known: image, video, audio"),
-    ({"path": 5}, "path: expected text, got 5"),
-    ({"path": {"image": "a", "audio": "b"}}, "path: expected text"),  # of a video
+    ({"path": 5}, "path: video: expected text, got 5"),
+    ({"path": {"image": "a", "audio": "b"}}, "path: expected a file, got {"),  # of a video
     ({"data_type": "image", "path": {"image": "a"}}, "path: expected an object with image and audio"),
     ({"data_type": "image_audio"}, "path: expected an object with image and audio, got 'a.mp4'"),
     ({"data_type": "image_audio", "path": {"image": "a", "audio": None}}, "path: audio: expected text, got None"),

@@ -31,8 +31,7 @@ def world(tmp_path_factory):
 @pytest.fixture(scope="module")
 def judge():
     with toy.RuleJudge() as server:
-        client = Judge(JudgeConfig(url=server.url), load_prompts())
-        yield client
+        yield Judge(JudgeConfig(url=server.url), load_prompts())
 
 
 def clips(count=64):
