@@ -37,7 +37,7 @@ from hov2.model import Prompt, adapters_off, load_reference, set_training
 from hov2.prefix import group_logps
 from hov2.rollout import Rollout, generate, make_generator, sampling_for
 from hov2.scoring import Scorer
-from hov2.setup import command, report_derived, report_replaced, say, start
+from hov2.setup import command, report_derived, say, start
 from hov2.spans import completion_texts, completion_tokens, find_block, span_masks, text_offsets
 from hov2.weights import export
 
@@ -109,7 +109,6 @@ def main(config):
         with timer("encode"):
             groups = [Group(slot, index, sample, run.encoder(inputs))
                       for slot, (index, sample, inputs) in zip(loader.slots, loaded)]
-            report_replaced(loader, step)
             means.add("media/audio_cut", [inputs.shape.audio_cut for _, _, inputs in loaded])
 
         # --- 2. Rollout: G completions of each prompt -----------------------------------------------------------------
@@ -301,18 +300,13 @@ def dump_record(step, group, config):
             "judge_replies": {name: scores[g].raw for name, scores in group.scores.items()
                               if scores[g].raw is not None},
             "truncated": bool(group.rollout.truncated[g]),
-            "tokens": {name: rounded(values[g, :len(tokens)]) for name, values in per_token.items()
-                       if values is not None},
+            "tokens": {name: [round(value, 5) for value in values[g, :len(tokens)].tolist()]
+                       for name, values in per_token.items() if values is not None},
         })
     sample = group.sample
     return {"step": step, "sample": sample.id, "index": group.index, "problem": sample.problem,
             "options": sample.options, "problem_type": sample.problem_type, "solution": sample.solution,
             "media": sample.paths, "prompt_tokens": len(group.prompt.ids), "completions": completions}
-
-
-def rounded(values):
-    """A tensor's values as plain numbers, floats to 5 places."""
-    return [round(v, 5) if isinstance(v, float) else v for v in values.tolist()]
 
 
 if __name__ == "__main__":

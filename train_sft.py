@@ -19,7 +19,7 @@ from hov2.guard import Guard
 from hov2.log import MetricsLog, Timer, traced
 from hov2.model import set_training
 from hov2.prefix import conversation_logps, group_logps
-from hov2.setup import command, report_derived, report_replaced, say, start
+from hov2.setup import command, report_derived, say, start
 from hov2.weights import export
 
 
@@ -50,7 +50,6 @@ def main(config):
         with timer("encode"):
             batch = [(run.encoder(inputs), encode_solution(sample, run.tokenizer)[None].to(device))
                      for _, sample, inputs in loaded]
-            report_replaced(loader, step)
             means.add("media/audio_cut", [inputs.shape.audio_cut for _, _, inputs in loaded])
 
         # --- Update: accumulate over this rank's batches --------------------------------------------------------------

@@ -20,7 +20,6 @@ from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import av
 import torch
 from av.stream import Disposition
 from tqdm import tqdm
@@ -29,7 +28,7 @@ from hov2.benchmarks import read_benchmark
 from hov2.checkpoint import sha256
 from hov2.config import BaseConfig, MediaConfig, SFTConfig, read_config
 from hov2.data import DataError, InputMaker, MediaShape, SkipSample, load_media, media_key, read_slice
-from hov2.media import MediaError
+from hov2.media import MediaError, open_media
 from hov2.model import load_tokenizer
 from hov2.prompts import load_prompts
 from hov2.results import table
@@ -122,11 +121,8 @@ def look_at(key, media):
 def probe(paths):
     """MediaError for one of a sample's `paths` whose header doesn't promise its medium; nothing is decoded."""
     for kind, path in paths.items():
-        try:
-            with av.open(f"file:{path}", metadata_errors="ignore", options={"protocol_whitelist": "file"}) as container:
-                found = {s.type for s in container.streams if not s.disposition & Disposition.attached_pic}
-        except av.FFmpegError as error:
-            raise MediaError(path, f"not a media file that FFmpeg can read ({error.strerror})") from None
+        with open_media(path) as container:
+            found = {s.type for s in container.streams if not s.disposition & Disposition.attached_pic}
         if ("audio" if kind == "audio" else "video") not in found:
             raise MediaError(path, f"expected {kind}, found none")
 

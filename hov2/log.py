@@ -57,10 +57,8 @@ class MetricsLog:
         self.bar.update(step + 1 - self.bar.n)
 
     def close(self):
-        """Ends the progress bar and the file."""
+        """Ends the progress bar."""
         self.bar.close()
-        if self.writes:
-            self._file.close()
 
 
 class RolloutDump:
@@ -76,8 +74,7 @@ class RolloutDump:
     def write(self, records):
         """Writes `records`, a list of dicts (tensors in them become lists)."""
         if self._file is not None:
-            self._file.writelines(_line(_plain(record)) for record in records)
-            self._file.flush()
+            self._file.writelines(_line(_plain(record)) for record in records)  # each is flushed
 
 
 class Timer:

@@ -86,12 +86,7 @@ def read_media(path, *, fps=2.0, max_frames=32, min_pixels=4 * 28 * 28, max_pixe
     """
     path = os.fspath(path)
     check_file(path)
-    try:
-        # "file:" keeps a colon in a name from meaning a protocol; the whitelist holds for what a file refers to as well
-        container = av.open(f"file:{path}", metadata_errors="ignore", options={"protocol_whitelist": "file"})
-    except FFmpegError as error:
-        raise MediaError(path, f"not a media file that FFmpeg can read ({error.strerror})") from None
-    with container:
+    with open_media(path) as container:
         name = container.format.name
         if name in _NOT_MEDIA:
             raise MediaError(path, f"{_NOT_MEDIA[name]}, not a media file")
@@ -185,6 +180,15 @@ def log_mel(audio):
 def _whisper():
     return WhisperFeatureExtractor(feature_size=128, sampling_rate=16000, hop_length=160, n_fft=400,
                                    chunk_length=MAX_AUDIO_SECONDS, dither=0.0)
+
+
+def open_media(path):
+    """PyAV's container of a local file. Raises MediaError for one that FFmpeg can't read."""
+    try:
+        # "file:" keeps a colon in a name from meaning a protocol; the whitelist holds for what a file refers to as well
+        return av.open(f"file:{path}", metadata_errors="ignore", options={"protocol_whitelist": "file"})
+    except FFmpegError as error:
+        raise MediaError(path, f"not a media file that FFmpeg can read ({error.strerror})") from None
 
 
 def check_file(path):

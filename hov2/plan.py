@@ -133,11 +133,9 @@ def main():
     args = parser.parse_intermixed_args()
     try:
         config = read_config(args.config, args.overrides)
-        if isinstance(config, EvalConfig):
-            raise ConfigError(f"{args.config}: expected a training config")
         prompt_tokens = config.max_prompt_length
-        if prompt_tokens is None:
-            raise ConfigError(f"{args.config}: max_prompt_length is not set; add max_prompt_length=TOKENS")
+        if isinstance(config, EvalConfig) or prompt_tokens is None:
+            raise ConfigError(f"{args.config}: expected a training config that has max_prompt_length, in tokens")
         name, thinker = thinker_of(config.model)
         shapes = shapes_of(thinker, config.lora)
     except USER_ERRORS as error:

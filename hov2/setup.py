@@ -73,13 +73,6 @@ def command(main, config_class, default):
     os._exit(1)  # without waiting for requests to the judge that are still in flight: the other ranks wait for this one
 
 
-def report_replaced(loader, step):
-    """Names the samples that `step` had to replace, and why."""
-    for entry in loader.replaced:
-        if entry["step"] == step:
-            say(f"step {step}: sample {entry['id']} replaced by {entry['by']}: {entry['reason']}")
-
-
 def report_derived(title, config, samples, per_step, steps, more=None):
     """Prints the numbers that follow from a config, before the first step, so that a wrong one is seen at once."""
     ranks = distributed.world_size()

@@ -128,9 +128,9 @@ def test_what_does_not_fit_and_what_can_not_be_planned(monkeypatch, capsys, tmp_
     assert code == 1 and "doesn't fit" in said and said.startswith(f"{tmp_path}, 1 GPU, prompts of 8192 tokens")
     assert run(monkeypatch, capsys, "configs/stage2.json", model, "--gpus", "1", "lora={}")[0] == 0
     code, _ = run(monkeypatch, capsys, "configs/eval.json")
-    assert code == "error: configs/eval.json: expected a training config"
+    assert code == "error: configs/eval.json: expected a training config that has max_prompt_length, in tokens"
     code, _ = run(monkeypatch, capsys, "configs/toy/stage2.json")
-    assert code == "error: configs/toy/stage2.json: max_prompt_length is not set; add max_prompt_length=TOKENS"
+    assert code == "error: configs/toy/stage2.json: expected a training config that has max_prompt_length, in tokens"
     assert run(monkeypatch, capsys, "configs/toy/stage2.json", model, "max_prompt_length=100")[0] == 0
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hov2.distributed import gather_objects, rank, rank_zero_first
+from hov2.distributed import gather_objects, rank, rank_zero_first, say
 from hov2.formats import CONVERTERS, DataError, convert, files_of, read_parquet
 from hov2.media import MediaError, log_mel, patchify, read_media
 from hov2.media_cache import MediaCache
@@ -490,8 +490,9 @@ class StepLoader:
                     raise DataError(reason)
                 indices[slot] = self.order.spare(self.spares_used)
                 self.spares_used += 1
-                self.replaced.append({"step": step, "id": self.samples[index].id, "reason": reason,
-                                      "by": self.samples[indices[slot]].id})
+                bad, spare = self.samples[index].id, self.samples[indices[slot]].id
+                self.replaced.append({"step": step, "id": bad, "reason": reason, "by": spare})
+                say(f"step {step}: sample {bad} replaced by {spare}: {reason}")
             self.drawn += len(failures)
             self._check_share(self.spares_used - spares_before)
             todo = [slot for slot, *_ in failures if slot in self.slots]

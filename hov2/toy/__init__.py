@@ -58,9 +58,7 @@ QUICK_STEPS = {"stage1": 60, "stage2": 4, "stage3": 3}
 # faces and tones apart the better for large weights (0.15); "token ids": the tokens that it names.
 DATA = json.loads(Path(__file__).with_name("toy.json").read_text(encoding="utf-8"))
 WALLS, QUESTIONS, CODECS = DATA["walls"], DATA["questions"], DATA["codecs"]
-FACES = ("smile", "frown")
-VOICES = ("rising", "falling")
-SIGNS = tuple(DATA["signs"])
+FACES, VOICES, SIGNS = ("smile", "frown"), ("rising", "falling"), tuple(DATA["signs"])
 SENSES = ("sound", "picture")
 SCORES = ("accuracy", "format", "context")
 FRAMES, FPS, SIZE, RATE, SECONDS = 8, 8, 56, 16000, 0.4
