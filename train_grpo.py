@@ -300,13 +300,18 @@ def dump_record(step, group, config):
             "judge_replies": {name: scores[g].raw for name, scores in group.scores.items()
                               if scores[g].raw is not None},
             "truncated": bool(group.rollout.truncated[g]),
-            "tokens": {name: [round(value, 5) for value in values[g, :len(tokens)].tolist()]
-                       for name, values in per_token.items() if values is not None},
+            "tokens": {name: rounded(values[g, :len(tokens)]) for name, values in per_token.items()
+                       if values is not None},
         })
     sample = group.sample
     return {"step": step, "sample": sample.id, "index": group.index, "problem": sample.problem,
             "options": sample.options, "problem_type": sample.problem_type, "solution": sample.solution,
             "media": sample.paths, "prompt_tokens": len(group.prompt.ids), "completions": completions}
+
+
+def rounded(values):
+    """A tensor's values as plain numbers, floats to 5 places."""
+    return [round(value, 5) if isinstance(value, float) else value for value in values.tolist()]
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def test_humanomniv2_with_video_alone_or_two_files(tmp_path):
     assert first.paths == {"video": str(tmp_path / "MER24/sample_00000000.mp4")}
     assert second.paths == {"image": str(tmp_path / "i.jpg"), "audio": str(tmp_path / "a.wav")}
     path = write(tmp_path / "x.json", [emer(0) | {"path": None, "video": None}])
-    assert refused(path, "humanomniv2").startswith(f"{path}: record 1: path: expected text, got None")
+    assert refused(path, "humanomniv2").startswith(f"{path}: record 1: path: expected a file, got None")
 
 
 def test_stages_share_no_sample(tmp_path):
