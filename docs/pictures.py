@@ -30,14 +30,15 @@ path { fill: none; stroke: #8884; }
 path.run { stroke: #4493f8; stroke-width: 2; stroke-linejoin: round; }
 </style>"""
 WIDTH, HEIGHT, CHART = 1180, 1000, 640  # of the picture, and the width of the chart; pixels
+SEEN = 3  # completions in the picture
 LEVELS = 85  # of a colour in the picture: the noise of frames is what takes room
 
 
 def most_telling(folder):
-    """(step, sample) of the group whose completions differ most in the reward in which they differ least."""
+    """(step, sample) of the group whose first completions differ most in the reward in which they differ least."""
     def _differ(record):
         credits = [name for name in record["completions"][0]["tokens"] if name.startswith("credit/")]
-        firsts = {name: [c["tokens"][name][0] for c in record["completions"]] for name in credits}
+        firsts = {name: [c["tokens"][name][0] for c in record["completions"][:SEEN]] for name in credits}
         return min(max(values) - min(values) for values in firsts.values())
     with open(folder / "rollouts.jsonl", encoding="utf-8") as lines:
         record = max(map(json.loads, lines), key=_differ)
