@@ -128,7 +128,7 @@ def test_exponent_of_known_powers():
 
 def test_variants_of_an_update_have_the_same_gradient():
     job, norms = argparse.Namespace(video_tokens=64, completion_tokens=6), []
-    for name in variants.VARIANTS:
+    for name in ("default", "completions_per_forward 2", "logprob_chunk 32", "gradient_checkpointing false"):
         variants.setup(name, 320, job)
         norms.append(variants.update()["norm"])
     assert norms[0] > 0 and max(abs(norm / norms[0] - 1) for norm in norms) < 1e-4

@@ -11,6 +11,7 @@ import torch
 from helpers import tiny_thinker, tiny_tokenizer
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow  # 40 s; .ci/run runs them
 LORA = {"lora": {"rank": 3, "alpha": 6.0}}  # uneven over two ranks, as the vocabulary
 FULL = {"optimizer_states": "float32"}
 
