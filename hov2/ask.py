@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from hov2.config import MediaConfig
-from hov2.data import InputMaker, kind_of, read_records, to_sample
+from hov2.data import InputMaker, kind_of, read_records, to_sample, tried
 from hov2.distributed import compute_dtype
 from hov2.media import MediaError, read_media
 from hov2.model import Encoder, load_thinker, load_tokenizer
@@ -103,9 +103,13 @@ def main(argv=None):
         samples = read_questions(args)
         asker = Asker(args.model, args.prompts, args.system, args.max_new_tokens)
         if args.batch:
+            code = 0
             for sample in samples:
-                print(json.dumps(asker.ask(sample)), flush=True)
-            return 0
+                answer = tried(asker.ask, sample)
+                if isinstance(answer, Exception):
+                    code, answer = 1, {"id": sample.id, "problem": sample.problem, "error": str(answer)}
+                print(json.dumps(answer), flush=True)
+            return code
         answer = asker.ask(*samples, lambda piece: print(piece, end="", flush=True))
     except (*USER_ERRORS, MediaError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -46,8 +46,8 @@ class Checkpoints:
         # the writing thread's own: the default group is the loop's, and it may be nccl, which has no CPU side
         self.group = dist.new_group(backend="gloo", timeout=PATIENCE)
         self.thread, self.writing = ThreadPoolExecutor(1, thread_name_prefix="checkpoint"), None
-        trained = [p for p in policy.parameters() if p.requires_grad]
-        self.size = 3 * sum(p.numel() * p.element_size() for p in trained)  # bytes, with AdamW's two moments
+        # bytes, with AdamW's two moments
+        self.size = 3 * sum(p.numel() * p.element_size() for p in policy.parameters() if p.requires_grad)
 
     def resume(self):
         """With `config.resume` "auto", takes up the newest checkpoint that is whole; returns the number of steps done.

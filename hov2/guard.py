@@ -153,8 +153,7 @@ class Guard:
             return
         self.bad_steps += 1
         mine = [name for loss, batch in zip(losses, ids) if not loss.isfinite() for name in batch]
-        drawn = [name for batch in ids for name in batch]
-        bad, drawn = (dict.fromkeys(itertools.chain(*gather_objects(names))) for names in (mine, drawn))
+        bad, drawn = (dict.fromkeys(itertools.chain(*gather_objects(of))) for of in (mine, [*itertools.chain(*ids)]))
         say(f"step {step}: the {'loss' if bad else 'gradient'} of {', '.join(bad or drawn)} is not finite; no update")
         if self.bad_steps > self.config.max_bad_steps:
             raise FloatingPointError(f"step {step}: {self.bad_steps} updates skipped for a loss or gradient that is "

@@ -113,8 +113,8 @@ def traced(steps, config, rank):
     """
     for step in steps:
         path = f"{config.output_dir}/trace-{step}-rank{rank}.json"
-        profiler = torch.profiler.profile(on_trace_ready=lambda profiler, path=path: profiler.export_chrome_trace(path))
-        with profiler if step in config.profile_steps else nullcontext():
+        with (torch.profiler.profile(on_trace_ready=lambda profiler, path=path: profiler.export_chrome_trace(path))
+              if step in config.profile_steps else nullcontext()):
             yield step
 
 

@@ -143,10 +143,12 @@ def test_batch(lab, capsys):
     for i in range(4):
         assert answers[i]["completion"] == decoded(lab, ask.to_question(records[i], 1, lab / "q"))
         assert answers[i]["tokens"] > 1 and answers[i]["first_token"] > 0 and answers[i]["rate"] > 0
-    (lab / "questions.jsonl").write_text(json.dumps(records[3]) + "\n" + json.dumps(records[0] | {"path": "bad.mp4"}))
-    assert ask.main([str(lab / "model"), "--batch", str(lab / "questions.jsonl"), "--max-new-tokens", "1"]) == 1
-    captured = capsys.readouterr()
-    assert json.loads(captured.out)["tokens"] == 1 and "bad.mp4: not a media file" in captured.err
+    (lab / "questions.jsonl").write_text(json.dumps(records[0] | {"path": "bad.mp4"}) + "\n" + json.dumps(records[3]))
+    code = ask.main([str(lab / "model"), "--batch", str(lab / "questions.jsonl"), "--max-new-tokens", "1"])
+    assert code == 1, "one could not be asked"
+    bad, good = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert "bad.mp4: not a media file" in bad["error"] and "completion" not in bad
+    assert good["tokens"] == 1
 
 
 @pytest.mark.parametrize("record, message", [

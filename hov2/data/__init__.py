@@ -118,7 +118,7 @@ def read_source(source):
                 records = list(read_parquet(file, root))
         else:
             records = read_records(file)
-        found += [_tried(_read, record, source.format, number, file, root) for number, record in records]
+        found += [tried(_read, record, source.format, number, file, root) for number, record in records]
     return found
 
 
@@ -153,7 +153,7 @@ def read_records(path):
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: can't be read: {error}") from None
     if str(path).endswith(".jsonl"):
-        return [(number, _tried(_parsed, line, f"{path}: record {number}"))
+        return [(number, tried(_parsed, line, f"{path}: record {number}"))
                 for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     records = _parsed(text, path)
     if not isinstance(records, list):
@@ -515,7 +515,7 @@ class StepLoader:
         sample = self.samples[index]
         if self.readers and media_key(sample, self.make.media_config) not in self.make.known:
             return self.readers.submit(_read_here, sample)
-        return self.threads.submit(_tried, self.make, sample)
+        return self.threads.submit(tried, self.make, sample)
 
     def _check_share(self, in_this_step):
         bad, seen = len(self.replaced), max(self.drawn, len(self.samples))
@@ -526,7 +526,7 @@ class StepLoader:
                         f"{self.max_bad_samples} allows; the first ones:{first}")
 
 
-def _tried(function, *args):
+def tried(function, *args):
     """What the function returns, or the exception that says why a sample can't be had."""
     try:
         return function(*args)
@@ -544,4 +544,4 @@ def _begin_reading(make):
 
 
 def _read_here(sample):
-    return _tried(_make, sample)
+    return tried(_make, sample)
