@@ -27,7 +27,7 @@ from hov2.weights import source_folder
 
 def main(config):
     """Answers and scores every question of `config.data` or `config.benchmark`."""
-    device = distributed.setup()
+    device = distributed.setup(config.device)
     with distributed.rank_zero_first():
         toy.prepare(config)  # builds the toy's world for the toy's configs, and nothing for others
     run = start(config, device, trained=False)

@@ -30,7 +30,17 @@ from hov2.checkpoint import Checkpoints
 from hov2.config import GRPOConfig
 from hov2.data import PromptOrder, Sample, StepLoader, read_samples
 from hov2.evaluation import HeldOut
-from hov2.grpo import apply_gate, credit, full_reward, grpo_loss, kl_coef, masked_mean, reward_advantages, token_terms
+from hov2.grpo import (
+    apply_gate,
+    credit,
+    full_reward,
+    grpo_loss,
+    kl_coef,
+    masked_mean,
+    reward_advantages,
+    sampling_kl,
+    token_terms,
+)
 from hov2.guard import Guard
 from hov2.log import MetricsLog, RolloutDump, Timer, traced
 from hov2.model import Prompt, adapters_off, load_reference, set_training
@@ -73,7 +83,7 @@ class Group:
 
 def main(config):
     """Trains for the config's steps, then exports the model to `output_dir/model`."""
-    device = distributed.setup()
+    device = distributed.setup(config.device)
     with distributed.rank_zero_first():
         toy.prepare(config)  # builds the toy's world for the toy's configs, and nothing for others
     run = start(config, device)
@@ -95,7 +105,7 @@ def main(config):
     say(scorer.note(samples))
     sampling = sampling_for(run.tokenizer, policy.thinker.config, max_completion_length=config.max_completion_length,
                             temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
-                            stop_at_answer=config.stop_at_answer, compile=config.compile)
+                            stop_at_answer=config.stop_at_answer, logps=1)
     completions = config.prompts_per_step * config.num_generations
     report_derived("GRPO", config, len(samples), config.prompts_per_step, steps, {
         "iterations a step": config.num_iterations, "completions a step": completions,
@@ -169,6 +179,9 @@ def main(config):
                         # bnpo divides by each group's own tokens, so that the step is a mean of groups
                         parts.append(part / config.prompts_per_step if config.loss_type == "bnpo" else part)
                         metrics["entropy"] = masked_mean(entropy, group.mask[rows])
+                        if iteration == 0 and group.rollout.sampling_logps is not None:
+                            metrics["sampling/kl"] = sampling_kl(
+                                new, group.rollout.sampling_logps[rows], group.mask[rows])
                         for name, value in metrics.items():
                             means.add(name, value, weight=group.mask[rows].sum())
                     loss = sum(parts) * distributed.world_size()  # FSDP averages gradients over ranks; ours is a sum

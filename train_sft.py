@@ -25,7 +25,7 @@ from hov2.weights import export
 
 def main(config):
     """Trains for the config's steps, then exports the model to `output_dir/model`."""
-    device = distributed.setup()
+    device = distributed.setup(config.device)
     with distributed.rank_zero_first():
         toy.prepare(config)  # builds the toy's world for the toy's configs, and nothing for others
     run = start(config, device)

@@ -19,6 +19,8 @@ import torch
 from torch import nn
 from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
+from hov2.model import decoder_of, media_model_of
+
 WAYS = ("released", "batched", "hov2")
 TERA = 1e12
 
@@ -77,12 +79,12 @@ def units_of(config, video_tokens, audio_tokens):
     with torch.device("meta"):
         model = Qwen2_5OmniThinkerForConditionalGeneration(config)
     text, merge = config.get_text_config(), config.vision_config.spatial_merge_size**2
-    visual, audio = model.model.visual, model.model.audio_tower
+    visual, audio = media_model_of(model).visual, media_model_of(model).audio_tower
     merger = linear_weights(visual.merger)  # works on groups of `merge` patches
     towers = video_tokens * (merge * (linear_weights(visual) - merger) + merger)
     towers += 2 * audio_tokens * linear_weights(audio)  # positions are pooled by two at its end
     heads = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    return Units(token=2 * linear_weights(model.model.language_model), pair=4 * heads * text.num_hidden_layers,
+    return Units(token=2 * linear_weights(decoder_of(model)), pair=4 * heads * text.num_hidden_layers,
                  head=2 * model.lm_head.weight.numel(), towers=2 * towers)
 
 

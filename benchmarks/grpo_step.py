@@ -27,7 +27,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hov2 import distributed
 from hov2.grpo import grpo_loss
-from hov2.model import Encoder, Policy, tower_parameters
+from hov2.model import (
+    Encoder,
+    Policy,
+    checkpoint_activations,
+    decoder_of,
+    media_model_of,
+    tower_parameters,
+)
 from hov2.optim import clip_gradients
 from hov2.prefix import group_logps
 from hov2.rollout import generate, make_generator
@@ -44,15 +51,20 @@ class Transformers:
     def __init__(self, policy, reference, inputs, job):
         self.policy, self.reference, self.inputs = policy, reference, inputs
 
+    @property
+    def device(self):
+        """Where the inputs are."""
+        return self.inputs.prompt_ids.device
+
     def media(self, copies):
         """The keyword arguments of transformers' forward for the clip, once a row."""
         shape = self.inputs.shape
         return {
             "pixel_values_videos": self.inputs.pixel_values.repeat(copies, 1),
             "video_grid_thw": shape.grid_thw.repeat(copies, 1),
-            "video_second_per_grid": torch.full((copies,), shape.second_per_grid),
+            "video_second_per_grid": torch.full((copies,), shape.second_per_grid, device=self.device),
             "input_features": self.inputs.mel.repeat(copies, 1, 1),
-            "feature_attention_mask": torch.ones(copies, shape.mel_frames, dtype=torch.long),
+            "feature_attention_mask": torch.ones(copies, shape.mel_frames, dtype=torch.long, device=self.device),
         }
 
     def sample(self, rows, sampling, seed):
@@ -98,8 +110,10 @@ class Batched(Transformers):
 
     def logps(self, model, completions):
         """(G, T) log-probs."""
-        hidden = model.model(**self.rows(completions)).last_hidden_state
-        logits = model.lm_head(hidden[:, len(self.inputs.prompt_ids) - 1:-1])
+        predictors = slice(len(self.inputs.prompt_ids) - 1, -1)
+        only_those = model.lm_head.register_forward_pre_hook(lambda _, hidden: (hidden[0][:, predictors],))
+        logits = model(**self.rows(completions)).logits
+        only_those.remove()
         chosen = logits.gather(-1, completions[..., None])[..., 0]
         return chosen - torch.stack([row.logsumexp(-1) for row in logits])
 
@@ -149,8 +163,8 @@ def setup(name, job):
     global way, memory  # of this process
     policy, reference = (random_thinker(job.vocab, job.layers, job.hidden, seed) for seed in (0, 1))
     for tower in ("visual", "audio_tower"):  # frozen, so the same in both
-        getattr(reference.model, tower).load_state_dict(getattr(policy.model, tower).state_dict())
-    policy.activation_checkpointing_enable({"use_reentrant": False})
+        getattr(media_model_of(reference), tower).load_state_dict(getattr(media_model_of(policy), tower).state_dict())
+    checkpoint_activations(policy, True)
     small = random_inputs(job.vocab, 16, 10, 12)
     way = WAYS[name](policy, reference, small, job)
     step(argparse.Namespace(**vars(job) | {"generations": 2, "completion_tokens": 4, "completions_run": 1}), 0)
@@ -208,10 +222,11 @@ def watch(clock):
     handles = []
     for model in (way.policy, way.reference):
         thinker = getattr(model, "thinker", model)
-        for tower in (thinker.model.visual, thinker.model.audio_tower):
+        media_model = media_model_of(thinker)
+        for tower in (media_model.visual, media_model.audio_tower):
             handles += [tower.register_forward_pre_hook(lambda *_: clock.enter("towers")),
                         tower.register_forward_hook(clock.leave)]
-        decoder = thinker.model.language_model
+        decoder = decoder_of(thinker)
 
         def begin(_, arguments, keywords):
             whole = clock.phases[-1] == "decode" and keywords["inputs_embeds"].shape[1] > 1

@@ -13,7 +13,7 @@ import kit
 import torch
 from thinker import random_inputs, random_thinker, sampling_for, use_hov2_attention
 
-from hov2.model import Encoder
+from hov2.model import Encoder, decoder_of
 from hov2.rollout import generate, make_generator
 
 WAYS = ("one by one", "together")
@@ -43,7 +43,7 @@ def rollouts(thinker, prompts, way, sampling, job):
 def measure(thinker, prompts, way, job):
     """CPU seconds of one run, {"prefill", "decode"}, and the tokens (prompts * G, T)."""
     clock = kit.Clock()
-    decoder = thinker.model.language_model
+    decoder = decoder_of(thinker)
 
     def begin(_, arguments, keywords):
         clock.enter("prefill" if keywords["inputs_embeds"].shape[1] > 1 else "decode")

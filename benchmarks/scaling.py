@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from hov2.grpo import grpo_loss
-from hov2.model import Encoder
+from hov2.model import Encoder, checkpoint_activations
 from hov2.prefix import group_logps
 from hov2.rollout import generate, make_generator
 
@@ -54,7 +54,7 @@ class Step:
     def __init__(self, size):
         self.size = size
         self.thinker = use_hov2_attention(random_thinker(size.vocab, size.layers, size.hidden))
-        self.thinker.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(self.thinker, True)
         self.encoder = Encoder(self.thinker, torch.device("cpu"))
         part = max(1, size.video // 64)
         self.inputs = [random_inputs(size.vocab, size.video, 24 * part, 8 * part + 8, seed=i)

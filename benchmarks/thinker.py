@@ -1,11 +1,12 @@
 """A random thinker and prompts with random media, shaped like Qwen2.5-Omni's and as small as a benchmark needs."""
 
+from types import SimpleNamespace
+
 import kit  # noqa: F401, first: it makes hov2 importable
 import torch
 from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
-from hov2.data import Inputs, MediaShape
-from hov2.model import ATTENTION
+from hov2.model import media_model_of, use_own_parts
 from hov2.rollout import Sampling
 
 NAMES = ("image", "audio", "video", "vision_bos", "vision_eos", "audio_bos", "audio_eos")
@@ -37,14 +38,15 @@ def random_thinker(vocab, layers=6, hidden=256, seed=0):
     config._attn_implementation = "sdpa"
     torch.manual_seed(seed)
     thinker = Qwen2_5OmniThinkerForConditionalGeneration(config).eval()
-    for tower in (thinker.model.visual, thinker.model.audio_tower):
+    media_model = media_model_of(thinker)
+    for tower in (media_model.visual, media_model.audio_tower):
         tower.requires_grad_(False)
     return thinker
 
 
 def use_hov2_attention(thinker):
-    """The thinker with the attention that hov2 gives to a model that it loads."""
-    thinker.model.language_model.set_attn_implementation(ATTENTION)
+    """The thinker with the attention and norms that hov2 gives to a model that it loads."""
+    use_own_parts(thinker)
     return thinker
 
 
@@ -54,7 +56,7 @@ def special_ids(vocab):
 
 
 def random_inputs(vocab, video_tokens=1024, audio_tokens=375, text_tokens=160, seed=0):
-    """A prompt with a random clip, as a `data.InputMaker` gives it; its markers add 4 tokens.
+    """A prompt with a random clip, with what an `Encoder` reads of `data.Inputs`; its markers add 4 tokens.
 
     The video has 64 tokens for each pair of frames (`video_tokens` a multiple of 64; fewer than 64 are one pair in a
     single row), the sound 25 tokens a second.
@@ -66,9 +68,11 @@ def random_inputs(vocab, video_tokens=1024, audio_tokens=375, text_tokens=160, s
     prompt = [*text[:8], ids["vision_bos"], *[ids["video"]] * video_tokens, ids["vision_eos"],
               ids["audio_bos"], *[ids["audio"]] * audio_tokens, ids["audio_eos"], *text[8:]]
     mel_frames = 4 * audio_tokens
-    shape = MediaShape(visual_kind="video", grid_thw=grid, second_per_grid=1.0, mel_frames=mel_frames)
+    shape = SimpleNamespace(visual_kind="video", grid_thw=grid, second_per_grid=1.0, mel_frames=mel_frames,
+                            interleaved=False)
     patches = torch.randn(int(grid.prod()), 1176, generator=g)
-    return Inputs(torch.tensor(prompt), shape, (seed,), patches, torch.randn(128, mel_frames, generator=g))
+    return SimpleNamespace(prompt_ids=torch.tensor(prompt), shape=shape, media_key=(seed,), pixel_values=patches,
+                           mel=torch.randn(128, mel_frames, generator=g))
 
 
 def random_completions(vocab, generations, length, seed=0):

@@ -14,7 +14,7 @@ import torch
 from thinker import random_completions, random_inputs, random_thinker, use_hov2_attention
 
 from hov2.grpo import grpo_loss
-from hov2.model import Encoder
+from hov2.model import Encoder, checkpoint_activations
 from hov2.optim import clip_gradients
 from hov2.prefix import group_logps
 
@@ -43,7 +43,7 @@ def setup(name, vocab, job):
     global thinker, prompt, completions, variant, memory  # of this process
     variant, thinker = VARIANTS[name], use_hov2_attention(random_thinker(vocab))
     if variant.gradient_checkpointing:
-        thinker.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(thinker, True)
     thinker.train()
     prompt = Encoder(thinker, torch.device("cpu"))(random_inputs(vocab, video_tokens=job.video_tokens))
     completions = random_completions(vocab, 8, job.completion_tokens)

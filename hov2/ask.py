@@ -18,7 +18,7 @@ import torch
 
 from hov2.config import MediaConfig
 from hov2.data import InputMaker, kind_of, read_records, to_sample, tried
-from hov2.distributed import compute_dtype
+from hov2.distributed import compute_dtype, device_of, use_cuda
 from hov2.media import MediaError, read_media
 from hov2.model import Encoder, load_thinker, load_tokenizer
 from hov2.prompts import Prompts, load_prompts
@@ -35,7 +35,9 @@ class Asker:
     """
 
     def __init__(self, model, prompts=None, system=None, limit=2048):
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = device_of("auto")
+        if device.type == "cuda":
+            use_cuda(device)
         words = load_prompts(prompts).words
         self.tokenizer = load_tokenizer(model)
         self.make = InputMaker(self.tokenizer, Prompts(words if system is None else words | {"system": system}),

@@ -111,6 +111,7 @@ class BaseConfig(Checked):
     output_dir: str
     data: list[Source]
     seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is any; a GPU for each process
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, float32 on CPU
     shard_within_node: bool = False  # true: each node holds a whole copy (HSDP), so that weights never cross nodes
     media: MediaConfig = field(default_factory=MediaConfig)
@@ -190,7 +191,6 @@ class GRPOConfig(TrainConfig):
     top_k: int = 50
     max_completion_length: int = 1024
     stop_at_answer: bool = False  # a completion ends with its first `</answer>`, without an end-of-turn token
-    compile: bool = False  # the decoding step through torch.compile, for CUDA; not measured there
     beta: float = 0.04
     epsilon: float = 0.2
     epsilon_high: float | None = None  # None: epsilon

@@ -13,20 +13,49 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from hov2.config import ConfigError
 
 PATIENCE = timedelta(hours=4)  # how long ranks wait for each other: rank 0 may be downloading or writing a large model
 
 
-def setup():
-    """Joins the process group that torchrun describes, or makes one of size 1. Returns this rank's device."""
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
+def setup(device="auto"):
+    """Joins the process group that torchrun describes, or makes one of size 1. Returns this rank's device.
+
+    device: as in the config. Raises ConfigError if there are fewer GPUs than processes on this machine.
+    """
+    device = device_of(device)
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE, **alone)
+    if device.type == "cuda":
+        use_cuda(device)
+        # plain objects are gathered over gloo, tensors over NCCL
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=PATIENCE, device_id=device, **alone)
+    else:
+        dist.init_process_group("gloo", timeout=PATIENCE, **alone)
     return device
+
+
+def device_of(name):
+    """This process's device: "cpu", "cuda", or "auto", which is CUDA where there is any.
+
+    Raises ConfigError for "cuda" without a GPU, and if this machine has fewer GPUs than processes.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if gpus < processes:
+        raise ConfigError(f"device: {name!r} needs a GPU for each process on this machine, which has {gpus} for "
+                          f"{processes}; start as many processes as there are GPUs, or say device=cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def use_cuda(device):
+    """Sets for this process what hov2 needs of CUDA."""
+    torch.cuda.set_device(device)
+    # preferred on Hopper, it would build a plan for every new length of a prompt: 42 to 400 ms, and each is new
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def cleanup():
@@ -127,7 +156,7 @@ def shard(policy, mesh, dtype, frozen):
     """
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=None,
                                      cast_forward_inputs=False)
-    for layer in policy.thinker.model.language_model.layers:
+    for layer in policy.layers:
         fully_shard(layer, mesh=mesh, mp_policy=precision)
     # the root keeps its weights through the backward pass: chunks of the head are recomputed with lm_head there
     fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=False, ignored_params=frozen)
@@ -144,7 +173,7 @@ def unsharded(policy):
         yield
     finally:
         reshard(policy)
-        for layer in policy.thinker.model.language_model.layers:
+        for layer in policy.layers:
             layer.set_reshard_after_forward(True)
 
 
@@ -156,6 +185,11 @@ def reshard(policy):
 
 def _units(policy):
     return [module for module in policy.modules() if isinstance(module, FSDPModule)]
+
+
+def local(tensor):
+    """This rank's part of a sharded tensor; a plain one is itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class Means:

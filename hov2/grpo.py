@@ -165,6 +165,17 @@ def grpo_loss(per_token_logps, old_per_token_logps, ref_per_token_logps, advanta
     return loss, metrics
 
 
+def sampling_kl(per_token_logps, sampling_logps, completion_mask):
+    """How far what was sampled is from what is trained: KL(sampler || policy), its k3 estimate over the mask's tokens.
+
+    All tensors (B, C). Both are the same model with the same weights, so this is rounding alone, and should stay far
+    below the KL that training itself makes. Returns a detached number.
+    """
+    keep = completion_mask.bool()
+    difference = (per_token_logps.detach() - sampling_logps).masked_fill(~keep, 0.0)
+    return masked_mean(torch.exp(difference) - difference - 1.0, keep)
+
+
 def masked_mean(values, mask):
     """Mean of `values` where `mask` is 1; 0 for an empty mask. Both (B, C)."""
     return (values * mask).sum() / mask.sum().clamp(min=1)

@@ -8,11 +8,13 @@ whom (`prefix.py` for training, `rollout.py` for decoding).
 
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoTokenizer
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -23,6 +25,7 @@ from hov2.distributed import compute_dtype, make_mesh, rank_zero_first, shard
 from hov2.weights import ModelError, fetch, fill, read_weights, whole
 
 ATTENTION = "hov2"  # our name in transformers' attention interface
+TOWER_ATTENTION = "hov2_flash"  # with "flash" in it, transformers hands over all windows at once instead of one by one
 
 
 def attention(module, query, key, value, attention_mask, scaling=None, attend=None, **kwargs):
@@ -35,8 +38,57 @@ def attention(module, query, key, value, attention_mask, scaling=None, attend=No
     return attend(module.layer_idx, query, key, value, scaling).transpose(1, 2).contiguous(), None
 
 
+def tower_attention(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, max_length_q=None,
+                    **kwargs):
+    """A tower's attention within windows that stand one after the other: query, key, value (1, heads, L, hd).
+
+    cu_seq_lens_q: where each window starts, and the end of the last. Returns (1, L, heads, hd), as transformers wants.
+    """
+    if query.is_cuda and query.dtype != torch.float32:  # one kernel for windows of all lengths
+        rows = (x[0].transpose(0, 1) for x in (query, key, value))
+        bounds = cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q
+        return varlen_attn(*rows, *bounds, scale=scaling)[None], None
+    parts, start, lengths = [], 0, cu_seq_lens_q.diff().tolist()
+    for length, run in groupby(lengths):  # windows of equal length that follow each other: one batch
+        windows = len(list(run))
+        here = slice(start, start + windows * length)
+        batch = (x[0, :, here].unflatten(1, (windows, length)).transpose(0, 1) for x in (query, key, value))
+        out = nn.functional.scaled_dot_product_attention(*batch, scale=scaling)  # (windows, heads, length, hd)
+        parts.append(out.transpose(1, 2).flatten(0, 1))
+        start = here.stop
+    return torch.cat(parts)[None], None
+
+
 AttentionInterface.register(ATTENTION, attention)
+AttentionInterface.register(TOWER_ATTENTION, tower_attention)
 AttentionMaskInterface.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])  # else padding masks are silently lost
+
+
+# ---- What differs between transformers 5.17 and 5.23 -----------------------------------------------------------------
+# Since 5.21 decoder and towers are in `thinker.model`; before that the thinker has the towers itself, and its `model`
+# is the decoder. The names of parameters differ likewise: `weights.thinker_name` gives the newer ones.
+
+
+def decoder_of(thinker):
+    """The decoder: embeddings, layers and final norm, without the head."""
+    return getattr(thinker.model, "language_model", thinker.model)
+
+
+def media_model_of(thinker):
+    """The module that has the towers (`visual`, `audio_tower`) and the functions that use them."""
+    return thinker.model if hasattr(thinker.model, "visual") else thinker
+
+
+def checkpoint_activations(thinker, on):
+    """Whether the decoder's layers compute their activations again in the backward pass instead of keeping them."""
+    kind = "activation" if hasattr(thinker, "activation_checkpointing_enable") else "gradient"
+    if on:
+        getattr(thinker, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+    else:
+        getattr(thinker, f"{kind}_checkpointing_disable")()
+
+
+# ---- The policy and its adapters -------------------------------------------------------------------------------------
 
 
 class Policy(nn.Module):
@@ -49,6 +101,11 @@ class Policy(nn.Module):
     def __init__(self, thinker):
         super().__init__()
         self.thinker = thinker
+
+    @property
+    def layers(self):
+        """The decoder's layers, each of which is sharded by itself."""
+        return decoder_of(self.thinker).layers
 
     def forward(self, function, *args, **kwargs):
         """Returns `function(thinker, *args, **kwargs)`; tensors in its result carry gradients as usual."""
@@ -73,8 +130,11 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         """(..., in) -> (..., out)."""
-        out = nn.functional.linear(x, self.weight, self.bias)
-        return out + self.scale * (x @ self.lora_a.T @ self.lora_b.T) if self.on else out
+        rows = x.flatten(0, -2)
+        out = nn.functional.linear(rows, self.weight, self.bias)
+        if self.on:  # in place: two kernels, and in decoding it is kernels that take the time
+            out.addmm_(rows @ self.lora_a.T, self.lora_b.T, alpha=self.scale)
+        return out.view(*x.shape[:-1], -1)
 
     def merged_weight(self):
         """The weight with the correction in it, whole, in float32; all ranks call it."""
@@ -87,10 +147,28 @@ class LoRALinear(nn.Module):
         nn.init.zeros_(self.lora_b)
 
 
+def use_own_parts(thinker):
+    """Gives a thinker the attention functions above, and torch's own norms: one kernel on CUDA instead of eight.
+
+    transformers writes a norm out in single operations, and rounds before its product with the weight, torch after it;
+    in float32 both are the same.
+    """
+    decoder, media_model = decoder_of(thinker), media_model_of(thinker)
+    decoder.set_attn_implementation(ATTENTION)
+    for tower in (media_model.visual, media_model.audio_tower):
+        tower.config._attn_implementation = TOWER_ATTENTION  # the setter would look for a package of that name
+    norms = [(parent, name, child) for parent in decoder.modules() for name, child in parent.named_children()
+             if type(child).__name__.endswith("RMSNorm")]
+    for parent, name, norm in norms:
+        fused = nn.RMSNorm(norm.weight.shape[0], norm.variance_epsilon, device="meta")
+        fused.weight = norm.weight
+        setattr(parent, name, fused)
+
+
 def add_lora(thinker, config):
     """Freezes the thinker and gives the decoder's linear layers named in `config.target_modules` their LoRALinear."""
     thinker.requires_grad_(False)
-    layers = [(parent, name, child) for parent in thinker.model.language_model.layers.modules()
+    layers = [(parent, name, child) for parent in decoder_of(thinker).layers.modules()
               for name, child in parent.named_children() if isinstance(child, nn.Linear)]
     known = {name for _, name, _ in layers}
     if not known.issuperset(config.target_modules):
@@ -163,9 +241,10 @@ def design(name, dtype, towers=True):
     with torch.device("meta"):
         thinker = Thinker(getattr(config, "thinker_config", config)).eval()
     thinker.tie_weights()
-    thinker.model.language_model.set_attn_implementation(ATTENTION)  # the towers keep theirs
+    use_own_parts(thinker)
     if not towers:
-        thinker.model.visual = thinker.model.audio_tower = None
+        media_model = media_model_of(thinker)
+        media_model.visual = media_model.audio_tower = None
     for parameter in thinker.parameters():
         parameter.data = parameter.data.to(dtype)
     for parameter in tower_parameters(thinker):
@@ -211,7 +290,8 @@ def _explain(name):
 
 def tower_parameters(thinker):
     """The frozen parameters, as a set; they are kept whole on every rank."""
-    towers = (thinker.model.visual, thinker.model.audio_tower)
+    media_model = media_model_of(thinker)
+    towers = (media_model.visual, media_model.audio_tower)
     return {p for tower in towers if tower is not None for p in tower.parameters()}
 
 
@@ -221,10 +301,8 @@ def set_training(policy, training, gradient_checkpointing):
     Decoding must be in eval mode: in train mode transformers' checkpointing silently drops key-value caches.
     """
     policy.train(training)
-    if gradient_checkpointing and training:
-        policy.thinker.activation_checkpointing_enable({"use_reentrant": False})
-    elif gradient_checkpointing:
-        policy.thinker.activation_checkpointing_disable()
+    if gradient_checkpointing:
+        checkpoint_activations(policy.thinker, training)
 
 
 @dataclass
@@ -277,7 +355,7 @@ class Encoder:
     def _visual(self, inputs):
         if inputs.pixel_values is None:
             return None
-        model = self.thinker.model
+        model = media_model_of(self.thinker)
         features = model.get_image_features if inputs.shape.visual_kind == "image" else model.get_video_features
         output = features(self._send(inputs.pixel_values), inputs.shape.grid_thw.to(self.device))
         return output.pooler_output[0]
@@ -285,15 +363,16 @@ class Encoder:
     def _audio(self, inputs):
         if inputs.mel is None:
             return None
-        mel = self._send(inputs.mel).to(self.thinker.model.audio_tower.dtype)[None]
+        model = media_model_of(self.thinker)
+        mel = self._send(inputs.mel).to(model.audio_tower.dtype)[None]
         mask = torch.ones(mel.shape[0], mel.shape[2], dtype=torch.long, device=self.device)
-        return self.thinker.model.get_audio_features(mel, mask).last_hidden_state
+        return model.get_audio_features(mel, mask).last_hidden_state
 
     def _positions(self, inputs):
         """3-D rotary positions (3, P). On the CPU: transformers walks over the tokens in Python."""
         shape, ids = inputs.shape, inputs.prompt_ids[None]
         video = shape.grid_thw if shape.visual_kind == "video" else None
-        positions, _ = self.thinker.model.get_rope_index(
+        positions, _ = media_model_of(self.thinker).get_rope_index(
             ids,
             shape.grid_thw if shape.visual_kind == "image" else None,
             video,
@@ -322,7 +401,7 @@ def decode(thinker, embeds, position_ids, attend):
 
     The mask comes as a dict so that transformers builds none: `attend` alone decides who attends to whom.
     """
-    return thinker.model.language_model(
+    return decoder_of(thinker)(
         inputs_embeds=embeds, position_ids=position_ids, attention_mask={"full_attention": None}, use_cache=False,
         attend=attend,
     ).last_hidden_state

@@ -6,6 +6,8 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
+from hov2.distributed import local
+
 MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's names for AdamW's two states
 
 
@@ -15,7 +17,8 @@ def make_optimizer(policy, config):
     settings = {"lr": config.learning_rate, "betas": (config.adam_beta1, config.adam_beta2),
                 "weight_decay": config.weight_decay}
     if config.optimizer_states == "float32":
-        return torch.optim.AdamW(trained, **settings)
+        on_cuda = trained[0].device.type == "cuda"  # one kernel: the others take copies of all weights for a moment
+        return torch.optim.AdamW(trained, fused=on_cuda, **settings)
     return RestingAdamW(trained, rest=config.optimizer_states, **settings)
 
 
@@ -46,13 +49,13 @@ class RestingAdamW(torch.optim.Optimizer):
         if not state:
             kind = {"device": "cpu"} if self.rest == "cpu" else {"dtype": torch.bfloat16}
             state |= {"step": torch.tensor(0.0), **{name: torch.zeros_like(parameter, **kind) for name in MOMENTS}}
-        weight = _local(parameter)
-        first, second = (_local(state[name]).to(weight.device, weight.dtype) for name in MOMENTS)
-        adamw([weight], [_local(parameter.grad)], [first], [second], [], [state["step"]], foreach=False, amsgrad=False,
+        weight = local(parameter)
+        first, second = (local(state[name]).to(weight.device, weight.dtype) for name in MOMENTS)
+        adamw([weight], [local(parameter.grad)], [first], [second], [], [state["step"]], foreach=False, amsgrad=False,
               beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=1e-8, maximize=False)
         generator = torch.Generator(weight.device).manual_seed(int(state["step"]) << 20 | number)
         for name, moment in zip(MOMENTS, (first, second)):
-            _local(state[name]).copy_(moment if self.rest == "cpu" else round_at_random(moment, generator))
+            local(state[name]).copy_(moment if self.rest == "cpu" else round_at_random(moment, generator))
 
     def load_state_dict(self, state_dict):
         """Takes the moments as they rest; torch's own would make them float32 on the parameters' device."""
@@ -66,10 +69,6 @@ def round_at_random(values, generator):
     noise = torch.randint(0, 1 << 16, values.shape, generator=generator, device=values.device, dtype=torch.int32)
     rounded = (values.view(torch.int32) + noise & -1 << 16).view(torch.float32)  # bfloat16 is float32's upper half
     return torch.where(values.isfinite(), rounded, values).to(torch.bfloat16)
-
-
-def _local(tensor):
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def learning_rate(update, total_updates, peak, schedule="linear", warmup_steps=0):

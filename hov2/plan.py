@@ -15,8 +15,7 @@ import torch
 from transformers import Qwen2_5OmniThinkerConfig
 
 from hov2.config import ConfigError, EvalConfig, GRPOConfig, read_config
-from hov2.model import ModelError, add_lora, design, tower_parameters
-from hov2.setup import USER_ERRORS
+from hov2.model import ModelError, add_lora, decoder_of, design, tower_parameters
 
 GIB = 2**30
 FLOAT = 4  # bytes of a trained weight, of its gradient as it is summed over ranks, and of a logit
@@ -31,7 +30,7 @@ def shapes_of(thinker, lora=None):
     """
     towers, text = tower_parameters(thinker), thinker.config.get_text_config()
     decoder = sum(p.numel() for p in thinker.parameters() if p not in towers)
-    layer = sum(p.numel() for p in thinker.model.language_model.layers[0].parameters())
+    layer = sum(p.numel() for p in decoder_of(thinker).layers[0].parameters())
     if lora:
         add_lora(thinker, lora)
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -125,6 +124,8 @@ def report(phases, memory):
 
 def main():
     """The command line."""
+    from hov2.setup import USER_ERRORS  # here: the arithmetic needs none of what it imports, PyAV included
+
     parser = argparse.ArgumentParser(prog="python -m hov2.plan", description=__doc__.partition("\n")[0])
     parser.add_argument("config")
     parser.add_argument("--gpus", type=int, default=8)
@@ -151,10 +152,14 @@ def thinker_of(name):
     try:
         return name, design(name, torch.bfloat16)
     except ModelError:
-        with tempfile.TemporaryDirectory() as folder:
-            # all else is by default as in the 7B
-            Qwen2_5OmniThinkerConfig(vision_config={"hidden_size": 1280}).save_pretrained(folder)
-            return f"{name} (not there; the sizes of Qwen2.5-Omni-7B)", design(folder, torch.bfloat16)
+        return f"{name} (not there; the sizes of Qwen2.5-Omni-7B)", thinker_of_7b()
+
+
+def thinker_of_7b():
+    """The thinker of Qwen2.5-Omni-7B on the meta device, whose sizes transformers knows."""
+    with tempfile.TemporaryDirectory() as folder:
+        Qwen2_5OmniThinkerConfig(vision_config={"hidden_size": 1280}).save_pretrained(folder)  # all else is the default
+        return design(folder, torch.bfloat16)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def _segment_attention(segment, query, key, value, scale):
     """Attention of one group, in two parts: the prompt's, and the completions' as a batch of G rows."""
     prompt = slice(segment.start, segment.prompt_end)
     q, k, v = query[:, :, prompt], key[:, :, prompt], value[:, :, prompt]
-    yield F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    yield causal_attention(q, k, v, scale)
     g, c = segment.num_generations, segment.completion_length
     if not g:
         return
@@ -95,9 +95,21 @@ def _segment_attention(segment, query, key, value, scale):
 
     own_k = torch.cat([k.expand(g, -1, -1, -1), completions(key)], 2)  # (G, kv heads, P + C, hd)
     own_v = torch.cat([v.expand(g, -1, -1, -1), completions(value)], 2)
-    mask = causal_lower_right(c, segment.prompt_length + c)  # the prompt and the own past; flash kernels know this form
-    out = F.scaled_dot_product_attention(completions(query), own_k, own_v, attn_mask=mask, scale=scale, enable_gqa=True)
+    out = causal_attention(completions(query), own_k, own_v, scale)  # the prompt and the own past
     yield out.transpose(0, 1).flatten(1, 2)[None]  # (1, heads, G * C, hd)
+
+
+def causal_attention(query, key, value, scale):
+    """Causal attention with key-value heads that several query heads share; the queries are the last of the keys' row.
+
+    query (B, heads, C, hd), key and value (B, kv heads, L, hd) with L >= C: query number i sees keys up to L - C + i.
+    """
+    if query.is_cuda and query.dtype == torch.float32:  # no flash kernel, and none of the others shares heads
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    if query.shape[2] == key.shape[2]:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+    mask = causal_lower_right(query.shape[2], key.shape[2])  # flash kernels know this form: no mask in memory
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
 
 
 def group_logps(thinker, prompts, completions, temperature=1.0, chunk=128):
@@ -108,7 +120,7 @@ def group_logps(thinker, prompts, completions, temperature=1.0, chunk=128):
     last one, for all G alike.
     """
     hidden, row = _hidden(thinker, prompts, completions)
-    sources = torch.cat([_predictors(s) for s in row.segments]).to(hidden.device)
+    sources = torch.cat([_predictors(segment, hidden.device) for segment in row.segments])
     targets = torch.cat([c.reshape(-1) for c in completions])
     logps, entropy = chunked_token_logps(hidden[sources], thinker.lm_head.weight, targets, temperature, chunk)
     sizes = [c.numel() for c in completions]  # clone: FSDP wants no views as outputs
@@ -138,9 +150,9 @@ def _hidden(thinker, prompts, completions):
     return decode(thinker, embeds[None], row.position_ids[:, None], packed_attention(row.segments))[0], row
 
 
-def _predictors(segment):
+def _predictors(segment, device):
     """For each completion token, the place in the row whose hidden state predicts it: (G * C,)."""
     g, c = segment.num_generations, segment.completion_length
-    places = segment.prompt_end + torch.arange(g * c).view(g, c) - 1
+    places = segment.prompt_end + torch.arange(g * c, device=device).view(g, c) - 1
     places[:, 0] = segment.prompt_end - 1
     return places.reshape(-1)

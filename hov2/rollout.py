@@ -1,22 +1,31 @@
 """Sampling completions: one prefill for each prompt, its keys and values kept once, all rows decoded together.
 
-Several prompts with G completions each are decoded as one batch: the linear layers run on all rows, attention runs for
-each prompt over [its keys and values, shared by its G rows | the rows' own]. Finished rows leave the batch. Each prompt
-has its own random generator, so its completions don't depend on what is decoded beside it.
+N prompts with G completions each are decoded as one batch of N x G rows. Attention is one batched operation over
+[the prompt's keys and values, shared by its G rows | the row's own]. Each prompt has its own random generator, so its
+completions don't depend on what is decoded beside it.
+
+On the CPU a step costs what it computes: rows that have ended leave, and attention reads the tokens that there are. On
+CUDA a step costs mostly the launching of some 1,500 small kernels, so there it has fixed shapes and is captured as a
+CUDA graph, which launches all of them at once. Both are the same code with other lengths.
 """
 
 import functools
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from hov2.distributed import say
 from hov2.model import decode, embed
-from hov2.prefix import pack
+from hov2.prefix import causal_attention, pack
 from hov2.spans import TURN_ENDS, states_towards, token_bytes_of
 
 LEAVE_EVERY = 8  # tokens between looks at which rows have ended (each look waits for the device)
+WORTH_LEAVING = 0.75  # fixed shapes: rows leave when no more than this share of them remains
+OWN_KEYS = 256  # fixed shapes: the rows' own keys are read in multiples of so many tokens
+ALIGNED = 8  # prompts are padded to a multiple of so many tokens: tensor cores want rows of 16 bytes
 
 
 @dataclass
@@ -31,8 +40,8 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     answer_states: torch.Tensor | None = None  # (V, states), `spans.states_towards` "</answer>": end there as well
-    compile: bool = False  # the decoding step goes through torch.compile, and its rows stay until all have ended
-    logps: bool = False  # fills `Rollout.sampling_logps`; training takes those of its own first forward pass
+    logps: int = 0  # of how many prompts, the first ones, `Rollout.sampling_logps` is filled
+    decoding: Literal["auto", "shrinking", "fixed", "graph"] = "auto"  # auto: a graph on CUDA, else shrinking shapes
 
 
 @dataclass
@@ -77,153 +86,277 @@ def generate(thinker, prompts, num_generations, sampling, generators, on_token=N
     """
     device, limit = prompts[0].ids.device, sampling.max_completion_length
     hidden, cache = _prefill(thinker, prompts, num_generations, limit)
-    rows = len(cache.owner)
-    start = torch.stack([prompts[i].next_position for i in cache.owner])  # (rows,)
-    alive = torch.arange(rows, device=device)  # row numbers of those that haven't left
-    ended = torch.zeros(rows, dtype=torch.bool, device=device)  # of the alive rows
+    step = _Step(thinker, cache, _decoding_on(device, sampling.decoding))
+    rows = len(prompts) * num_generations
+    start = torch.stack([prompt.next_position for prompt in prompts]).repeat_interleave(num_generations)  # (rows,)
+    batch = torch.arange(rows, device=device)  # the numbers of the rows that are still decoded
+    ended = torch.zeros(rows, dtype=torch.bool, device=device)  # of the batch
     state = torch.zeros(rows, dtype=torch.long, device=device)  # how far they are in "</answer>"
     tokens = torch.full((rows, limit), sampling.pad_id, device=device)
     is_end = torch.zeros(rows, limit, dtype=torch.bool, device=device)
-    logps = torch.zeros(rows, limit, device=device) if sampling.logps else None
+    logps = torch.zeros(rows, limit, device=device)
     stops, suppressed = torch.tensor(sampling.stop_ids, device=device), sampling.suppressed_ids.to(device)
     states = None if sampling.answer_states is None else sampling.answer_states.to(device)
     for t in range(limit):
         logits = F.linear(hidden, thinker.lm_head.weight).float()  # (R, V)
-        normaliser = (logits / (sampling.temperature or 1)).logsumexp(-1) if sampling.logps else None
-        token = _sample(logits, sampling, suppressed, functools.partial(_noise, generators, num_generations, alive))
-        tokens[alive, t] = torch.where(ended, sampling.pad_id, token)
-        if sampling.logps:
-            logit = logits.gather(-1, token[:, None])[:, 0] / (sampling.temperature or 1)
-            logps[alive, t] = torch.where(ended, 0.0, logit - normaliser)
+        with_logps = cache.rows_of_first(sampling.logps)
+        normaliser = (logits[:with_logps] / (sampling.temperature or 1)).logsumexp(-1)
+        token = _sample(logits, sampling, suppressed, functools.partial(_noise, generators, num_generations, batch))
+        tokens[batch, t] = torch.where(ended, sampling.pad_id, token)
+        if with_logps:
+            logit = logits[:with_logps].gather(-1, token[:with_logps, None])[:, 0] / (sampling.temperature or 1)
+            logps[batch[:with_logps], t] = torch.where(ended[:with_logps], 0.0, logit - normaliser)
         if on_token is not None:
             on_token(tokens[:, t])
         ends = torch.isin(token, stops)
         if states is not None:
             state = states[token, state]
             ends = ends | (state == states.shape[1] - 1)
-        is_end[alive, t] = ends
+        is_end[batch, t] = ends
         ended = ended | ends
         if t % LEAVE_EVERY == LEAVE_EVERY - 1:
-            keep = (~ended).nonzero()[:, 0]
-            if len(keep) < len(ended) and not (sampling.compile and len(keep)):  # compiled for this number of rows
-                alive, ended, start, token, state = (x[keep] for x in (alive, ended, start, token, state))
-                cache.select(keep)
-        if not len(alive) or t + 1 == limit:
-            break
-        place = torch.full((1,), t, device=device)
-        run, length = (_compiled(), None) if sampling.compile else (_step, t + 1)
-        hidden = run(thinker, token, start + t, cache, place, length)
+            alive = (~ended).view(cache.size).tolist()  # waits for the device
+            if not any(any(of_prompt) for of_prompt in alive):
+                break
+            kept = _rows_to_keep(alive, step.worth_leaving)
+            if kept is not None:
+                keep = cache.select(kept)
+                batch, ended, start, token, state = (x[keep] for x in (batch, ended, start, token, state))
+        if t + 1 < limit:
+            hidden = step(token, start + t, t)
     groups = torch.arange(rows).split(num_generations)
-    return [_finish(tokens[r], is_end[r], None if logps is None else logps[r]) for r in groups]
+    return [_finish(tokens[r], is_end[r], logps[r] if i < sampling.logps else None) for i, r in enumerate(groups)]
 
 
 def _prefill(thinker, prompts, num_generations, max_completion_length):
     """Runs each prompt once; returns the hidden states that predict the first tokens (R, D), and the cache."""
-    cache, last = _Cache(len(prompts), num_generations, max_completion_length), []
-    for prompt in prompts:  # packed into one row they would take as long, and the memory of all at a time
+    cache = _Cache([len(prompt.ids) for prompt in prompts], num_generations, max_completion_length)
+    last = []
+    for number, prompt in enumerate(prompts):  # packed into one row they take as long, and the memory of all at a time
         row = pack([prompt])
         embeds = embed(thinker, row.ids, row.visual, row.audio)
-        hidden = decode(thinker, embeds[None], row.position_ids[:, None], cache.attend_prefill)
+        attend = functools.partial(cache.attend_prefill, number)
+        hidden = decode(thinker, embeds[None], row.position_ids[:, None], attend)
         last.append(hidden[0, -1:].expand(num_generations, -1))
     return torch.cat(last), cache
 
 
-def _step(thinker, token, position, cache, place, length):
-    """Runs one new token of each row (R,) at its position (R,); returns the hidden states (R, D) that predict the next.
+# ---- One step of all rows --------------------------------------------------------------------------------------------
 
-    place, length: as in `_Cache.attend`.
+
+def _decoding_on(device, decoding):
+    """The form of decoding that "auto" stands for on a device."""
+    if decoding != "auto":
+        return decoding
+    return "graph" if device.type == "cuda" else "shrinking"
+
+
+class _Step:
+    """Decodes one new token of each row: `step(token (R,), position (R,), t)` -> hidden states (R, D).
+
+    "shrinking" computes no more than is needed. "fixed" computes the same shapes at token after token, masked where
+    there is nothing yet. "graph" is "fixed" captured as a CUDA graph and replayed: of each new shape the first step
+    runs as usual (which loads kernels), the second is captured. If that can't be done here, it goes on without.
     """
-    embeds = thinker.get_input_embeddings()(token)[:, None]
-    return decode(thinker, embeds, position.expand(3, -1)[..., None], cache.attend(place, length))[:, -1]
+
+    def __init__(self, thinker, cache, decoding):
+        self.thinker, self.cache, self.fixed = thinker, cache, decoding != "shrinking"
+        self.use_graph = decoding == "graph" and not _no_graph
+        self.worth_leaving = WORTH_LEAVING if self.fixed else 1.0
+        self.shape = self.graph = None
+
+    def __call__(self, token, position, t):
+        if not self.fixed:
+            return self._run(token, position, torch.full((1,), t, device=token.device), t + 1)
+        length = min(self.cache.length, -(-(t + 1) // OWN_KEYS) * OWN_KEYS)
+        if (len(token), length) != self.shape:
+            self.shape, self.graph, self.seen = (len(token), length), None, 0
+            self.inputs = token.clone(), position.clone(), torch.full((1,), t, device=token.device)
+        for mine, new in zip(self.inputs, (token, position)):
+            mine.copy_(new)
+        self.inputs[2].fill_(t)
+        self.seen += 1
+        if self.use_graph and self.seen == 2:
+            self._capture(length)
+        if self.graph is None:
+            return self._run(*self.inputs, length)
+        self.graph.replay()
+        return self.hidden
+
+    def _run(self, token, position, place, length):
+        """place (1,): where the rows' new keys go, as a tensor; length: how many of the rows' own keys are read."""
+        embeds = self.thinker.get_input_embeddings()(token)[:, None]
+        attend = self.cache.attend(place, length)
+        return decode(self.thinker, embeds, position.expand(3, -1)[..., None], attend)[:, -1]
+
+    def _capture(self, length):
+        """Records one step, without running it, as `graph`, whose replays read `inputs` and write `hidden`."""
+        try:
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                # other threads (pinned copies, the collectives' watchdog) may go on with what they do
+                graph.capture_begin(pool=_graph_memory().id, capture_error_mode="thread_local")
+                try:
+                    hidden = self._run(*self.inputs, length)
+                finally:
+                    graph.capture_end()
+            torch.cuda.current_stream().wait_stream(stream)
+        except Exception as error:  # noqa: BLE001, whatever it is, the same numbers can be had without a graph
+            self.use_graph = False
+            _no_graph.append(error)
+            say(f"decoding goes on without a CUDA graph, slower: {type(error).__name__}: {error}")
+        else:
+            self.graph, self.hidden = graph, hidden
+
+
+_no_graph = []  # why this process couldn't capture a graph, once it couldn't
 
 
 @functools.cache
-def _compiled():
-    """`_step` compiled: once for a number of rows and tokens, and once more for prompts of any lengths.
+def _graph_memory():
+    """The memory that all graphs of this process share, one after the other."""
+    return torch.cuda.MemPool()
 
-    FSDP's hooks part the graph, so that each layer becomes a graph of its own: more than torch's limit of 8.
+
+def _rows_to_keep(alive, worth_leaving):
+    """Which rows go on: {prompt: its rows}, as many of each prompt; None if all do.
+
+    alive: N lists of G bools. Prompts whose rows have all ended leave; of the others, those rows stay that are alive,
+    and ended ones beside them where another prompt has more alive. It isn't worth it (None) if more than the share
+    `worth_leaving` of the rows would stay.
     """
-    torch._dynamo.config.recompile_limit = 256
-    return torch.compile(_step)
+    most = max(sum(of_prompt) for of_prompt in alive)
+    kept = {}
+    for prompt, of_prompt in enumerate(alive):
+        if any(of_prompt):
+            alive_first = sorted(range(len(of_prompt)), key=lambda row: not of_prompt[row])
+            kept[prompt] = sorted(alive_first[:most])
+    before, after = len(alive) * len(alive[0]), len(kept) * most
+    return kept if after < before and after <= worth_leaving * before else None
+
+
+# ---- Keys, values, attention -----------------------------------------------------------------------------------------
 
 
 class _Cache:
-    """Keys and values: each prompt's once, and the rows' own in buffers that are allocated once."""
+    """Keys and values of N prompts and their G rows each: a prompt's once, the rows' own in buffers allocated once.
 
-    def __init__(self, prompts, num_generations, length):
-        self.length = length
-        self.owner = [i for i in range(prompts) for _ in range(num_generations)]  # row -> prompt, of the alive rows
-        self.prompts, self.own_keys, self.own_values = [], [], []  # one entry a layer
+    One entry a layer: prompt_keys, prompt_values (N, kv heads, P, hd), prompts padded to the longest; own_keys,
+    own_values (N, kv heads, G, T, hd).
+    """
 
-    def attend_prefill(self, layer, query, key, value, scale):
-        """Attention of one prompt, keeping its keys and values; prompts are expected in order."""
-        if layer == len(self.prompts):  # of the first prompt
-            shape = key.shape[1], len(self.owner), self.length, key.shape[3]
-            self.prompts.append([])
-            self.own_keys.append(key.new_zeros(shape))
-            self.own_values.append(value.new_zeros(shape))
-        kept = key[0].transpose(1, 2).contiguous(), value[0].contiguous()  # as decoding reads them
-        self.prompts[layer].append(kept)
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+    def __init__(self, prompt_lengths, num_generations, length):
+        self.prompt_lengths, self.length = prompt_lengths, length
+        self.size = len(prompt_lengths), num_generations  # (N, G) of those that haven't left
+        self.prompts = list(range(len(prompt_lengths)))  # the numbers of the prompts that haven't left
+        self.longest = -(-max(prompt_lengths) // ALIGNED) * ALIGNED
+        self.prompt_keys, self.prompt_values, self.own_keys, self.own_values = [], [], [], []
+        self.padding = None  # (N, P) float32: minus infinity where a prompt is padded, else 0
+
+    def rows_of_first(self, count):
+        """How many of the rows, the first ones, belong to the first `count` prompts."""
+        return sum(prompt < count for prompt in self.prompts) * self.size[1]
+
+    def attend_prefill(self, number, layer, query, key, value, scale):
+        """Attention of prompt `number`, keeping its keys and values (1, kv heads, its length, hd)."""
+        if layer == len(self.prompt_keys):
+            self._allocate(key)
+        self.prompt_keys[layer][number, :, :key.shape[2]] = key[0]
+        self.prompt_values[layer][number, :, :key.shape[2]] = value[0]
+        return causal_attention(query, key, value, scale)
+
+    def _allocate(self, key):
+        """Buffers of one layer, zero where there is nothing: what is masked must be finite."""
+        (prompts, rows), (_, heads, _, size) = self.size, key.shape
+        for of_prompts in (self.prompt_keys, self.prompt_values):
+            of_prompts.append(key.new_zeros(prompts, heads, self.longest, size))
+        for of_rows in (self.own_keys, self.own_values):
+            of_rows.append(key.new_zeros(prompts, heads, rows, self.length, size))
+        if self.padding is None:
+            lengths = torch.tensor(self.prompt_lengths, device=key.device)[:, None]
+            places = torch.arange(self.longest, device=key.device)
+            self.padding = torch.zeros(prompts, self.longest, device=key.device)
+            self.padding.masked_fill_(places >= lengths, -torch.inf)
 
     def attend(self, place, length):
         """The attention of one decoding step, one query a row: what `model.decode` takes.
 
-        place (1,): where the rows' new keys go, as a tensor; length: of the rows' keys, the new ones last. None reads
-        the whole buffers, masked: the same shapes at every step, for compiling.
+        place (1,): where the rows' new keys go; length: how many of the rows' own keys are read, those behind `place`
+        masked.
         """
-        future = torch.arange(self.length, device=place.device) > place if length is None else None
-        return functools.partial(self._attend, place, length, future, _runs(self.owner))
+        future = torch.zeros(length, device=place.device)
+        future.masked_fill_(torch.arange(length, device=place.device) > place, -torch.inf)
+        mask = torch.cat([self.padding, future.expand(len(self.padding), -1)], 1)  # (N, P + length)
+        return functools.partial(self._attend, place, length, mask[:, None, None])
 
-    def _attend(self, place, length, future, runs, layer, query, key, value, scale):
-        own_k, own_v = self.own_keys[layer], self.own_values[layer]
-        own_k.index_copy_(2, place, key.transpose(0, 1))
-        own_v.index_copy_(2, place, value.transpose(0, 1))
-        prompts = [(*self.prompts[layer][prompt], rows) for prompt, rows in runs]
-        return _decode_attention(query * scale, prompts, own_k[:, :, :length], own_v[:, :, :length], future)
+    def _attend(self, place, length, mask, layer, query, key, value, scale):
+        """query (R, heads, 1, hd), key and value (R, kv heads, 1, hd) of the new tokens -> (R, heads, 1, hd)."""
+        own_keys, own_values = self.own_keys[layer], self.own_values[layer]
+        n, kv, g, _, hd = own_keys.shape
+        own_keys.index_copy_(3, place, key.view(n, g, kv, 1, hd).transpose(1, 2))
+        own_values.index_copy_(3, place, value.view(n, g, kv, 1, hd).transpose(1, 2))
+        query = query.view(n, g, kv, -1, hd).transpose(1, 2)  # (N, kv, G, heads / kv, hd)
+        attended = _decode_attention(query, self.prompt_keys[layer], self.prompt_values[layer],
+                                     own_keys[:, :, :, :length], own_values[:, :, :, :length], mask, scale)
+        return attended.transpose(1, 2).to(query.dtype, memory_format=torch.contiguous_format).reshape(n * g, -1, 1, hd)
 
-    def select(self, keep):
-        """Keeps the rows numbered `keep`."""
-        self.owner = [self.owner[r] for r in keep.tolist()]
-        self.own_keys = [k[:, keep] for k in self.own_keys]
-        self.own_values = [v[:, keep] for v in self.own_values]
+    def select(self, kept):
+        """Keeps the rows `kept`, {number of the prompt in the batch: its rows}; returns their numbers in the batch."""
+        device, (_, width) = self.padding.device, self.size
+        prompts = torch.tensor(list(kept), device=device)  # (N',)
+        rows = torch.tensor(list(kept.values()), device=device)  # (N', G')
+        for of_prompts in (self.prompt_keys, self.prompt_values):
+            of_prompts[:] = [x if len(kept) == len(x) else x[prompts] for x in of_prompts]
+        heads = torch.arange(self.own_keys[0].shape[1], device=device)
+        for of_rows in (self.own_keys, self.own_values):
+            of_rows[:] = [x[prompts[:, None, None], heads[None, :, None], rows[:, None]] for x in of_rows]
+        self.padding = self.padding[prompts]
+        self.prompts = [self.prompts[i] for i in kept]
+        self.size = tuple(rows.shape)
+        return (prompts[:, None] * width + rows).flatten()
 
 
-def _runs(owner):
-    """Stretches of rows of the same prompt: [0, 0, 2] -> [(0, slice(0, 2)), (2, slice(2, 3))]."""
-    starts = [r for r in range(len(owner)) if r == 0 or owner[r] != owner[r - 1]]
-    return [(owner[a], slice(a, b)) for a, b in zip(starts, [*starts[1:], len(owner)])]
+def _decode_attention(query, prompt_keys, prompt_values, own_keys, own_values, mask, scale):
+    """Attention of one query a row over [the keys of its prompt, shared | its own]: (N, kv, G, heads / kv, hd) float32.
 
-
-def _decode_attention(query, prompts, own_k, own_v, future=None):
-    """Attention of R rows, one scaled query each, over [the keys of the row's prompt, shared | the row's own].
-
-    query (R, heads, 1, hd); own_k and own_v (kv heads, R, T, hd); prompts: (keys (kv heads, hd, P), values (kv heads,
-    P, hd), slice of its rows), in the order of the rows; future (T,): own keys to be left out. The keys of a prompt are
-    read once for all its rows: their queries form one matrix a key-value head.
+    query (N, kv, G, heads / kv, hd); prompt_keys, prompt_values (N, kv, P, hd); own_keys, own_values (N, kv, G, T, hd);
+    mask (N, 1, 1, P + T), added to the scores. The keys of a prompt are read once for all its rows: their queries form
+    one matrix a key-value head. Scores, weights' sums and the output are float32, as in flash attention, which training
+    uses: what is sampled is what is trained.
     """
-    kv, r, _, hd = own_k.shape
-    query = query.view(r, kv, -1, hd).transpose(0, 1)  # (kv, R, heads / kv, hd)
-    own_scores = query @ own_k.transpose(2, 3)  # (kv, R, heads / kv, T)
-    if future is not None:
-        own_scores = own_scores.masked_fill(future, -torch.inf)
-    on_prompt, own_weights = [], []
-    for keys, values, rows in prompts:
-        scores = torch.cat([query[:, rows].flatten(1, 2) @ keys, own_scores[:, rows].flatten(1, 2)], -1)
-        weights = scores.softmax(-1, dtype=torch.float32).to(scores.dtype)  # (kv, rows * heads / kv, P + T)
-        on_prompt.append(weights[..., :keys.shape[2]] @ values)
-        own_weights.append(weights[..., keys.shape[2]:])
-    out = torch.cat(on_prompt, 1).view_as(query) + torch.cat(own_weights, 1).view_as(own_scores) @ own_v
-    return out.transpose(0, 1).reshape(r, -1, 1, hd)
+    n, kv, g, shared, hd = query.shape
+    p, t = prompt_keys.shape[2], own_keys.shape[3]
+    query = query.reshape(n * kv, g * shared, hd)
+    on_prompt = _product(query, prompt_keys.flatten(0, 1).mT)  # (N * kv, G * shared, P)
+    on_own = _product(query.view(n * kv * g, shared, hd), own_keys.flatten(0, 2).mT)
+    scores = torch.cat([on_prompt, on_own.view(n * kv, g * shared, t)], -1).view(n, kv, g * shared, p + t)
+    weights = torch.add(mask, scores, alpha=scale).softmax(-1).to(own_values.dtype).flatten(0, 1)
+    own_weights = weights[..., p:].unflatten(1, (g, shared)).flatten(0, 1)
+    from_prompt = _product(weights[..., :p], prompt_values.flatten(0, 1))  # (N * kv, G * shared, hd)
+    from_own = _product(own_weights, own_values.flatten(0, 2)).view_as(from_prompt)
+    return (from_prompt + from_own).view(n, kv, g, shared, hd)
 
 
-def _noise(generators, num_generations, alive, width):
-    """Exponential noise for the rows numbered `alive`, (R, width).
+def _product(a, b):
+    """Batched a @ b in float32, also of matrices in a lower precision."""
+    if a.dtype == torch.float32:
+        return torch.bmm(a, b)
+    if a.device.type == "cpu":  # has no such product
+        return torch.bmm(a.float(), b.float())
+    return torch.bmm(a, b, out_dtype=torch.float32)
+
+
+# ---- Choosing tokens -------------------------------------------------------------------------------------------------
+
+
+def _noise(generators, num_generations, batch, width):
+    """Exponential noise for the rows numbered `batch`, (R, width).
 
     Drawn for all rows of a prompt, those that have left too: what a row gets doesn't depend on when others end.
     """
-    noise = [torch.empty(num_generations, width, device=alive.device).exponential_(generator=g) for g in generators]
-    return torch.cat(noise)[alive]
+    noise = [torch.empty(num_generations, width, device=batch.device).exponential_(generator=g) for g in generators]
+    return torch.cat(noise)[batch]
 
 
 def _sample(logits, sampling, suppressed, draw):

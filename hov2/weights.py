@@ -49,7 +49,8 @@ def fetch(name):
 def thinker_name(key):
     """A tensor's name in the thinker, from its key in a file; keys of the talker and the vocoder stay as they are.
 
-    Published checkpoints say `model.X`, `visual.X` and `audio_tower.X` (full ones with `thinker.` before it) for
+    These are the names that transformers has given them since 5.21. Published checkpoints (and older versions of
+    transformers) say `model.X`, `visual.X` and `audio_tower.X` (full ones with `thinker.` before it) for
     `model.language_model.X`, `model.visual.X` and `model.audio_tower.X`; the latter are understood too.
     """
     name = key.removeprefix("thinker.")
@@ -65,6 +66,7 @@ def read_weights(parameters, folder):
 
     Raises ModelError for weights that are missing or have another shape; SafetensorError for a broken file.
     """
+    parameters = {thinker_name(name): parameter for name, parameter in parameters.items()}
     files = [safe_open(path, framework="pt") for path in _files(folder)]
     slices = {thinker_name(key): file.get_slice(key) for file in files for key in file.keys()}  # noqa: SIM118, no dict
     absent = sorted(name for name, parameter in parameters.items()
@@ -108,7 +110,8 @@ def export(policy, folder, name, dtype):
     if rank() == 0:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-    names = {key for key, _ in policy.thinker.named_parameters(remove_duplicate=False)}  # both names of tied weights
+    parameters = policy.thinker.named_parameters(remove_duplicate=False)  # both names of tied weights
+    names = {thinker_name(name): name for name, _ in parameters}
     for path in _files(source):
         _write_like(path, unfinished / path.name, policy.thinker, names, dtype)
     if rank() == 0:
@@ -136,6 +139,8 @@ def _exported(thinker, name, dtype):
 def _write_like(path, target, thinker, names, dtype):
     """Writes the safetensors file `path` anew to `target`, with the thinker's own tensors for `names`, as `dtype`.
 
+    names: {as `thinker_name` gives it: the parameter's name in this version of transformers}.
+
     The format: the header's length in 8 bytes, the header as JSON, then the tensors' bytes one after the other; those
     of larger types first, so that each starts at a multiple of its type's size.
     """
@@ -155,7 +160,8 @@ def _write_like(path, target, thinker, names, dtype):
         new.write(len(text).to_bytes(8, "little") + text)
         for key in order:
             if thinker_name(key) in names:
-                new.write(_exported(thinker, thinker_name(key), dtype).cpu().contiguous().view(torch.uint8).numpy())
+                tensor = _exported(thinker, names[thinker_name(key)], dtype)
+                new.write(tensor.cpu().contiguous().view(torch.uint8).numpy())
             else:
                 old.seek(start + header[key]["data_offsets"][0])
                 new.write(old.read(sizes[key]))

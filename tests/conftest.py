@@ -1,14 +1,19 @@
 """One thread for each test process: the models are tiny, and tests that start processes share the cores. Fixtures for
 more than one test file."""
 
+import os
 import warnings
 
 import pytest
 import torch
 
-from hov2 import media
-
 torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    """Tests are of the CPU, with any number of processes, also where there is a GPU; `-m cuda` are of a GPU."""
+    if config.getoption("markexpr") != "cuda":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture
@@ -22,4 +27,6 @@ def no_stray_warnings():
 @pytest.fixture
 def native(monkeypatch):
     """Frames at the size they have in the file."""
+    from hov2 import media  # not above: the tests of CUDA run without PyAV
+
     monkeypatch.setattr(media, "_resize", lambda picture, size: picture.contiguous())

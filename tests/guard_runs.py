@@ -71,7 +71,7 @@ def train(config, sft, grpo):
     import train_sft
     from hov2 import setup
 
-    distributed.setup, distributed.cleanup = lambda: torch.device("cpu"), lambda: None
+    distributed.setup, distributed.cleanup = lambda _: torch.device("cpu"), lambda: None
     train_grpo.Scorer, train_grpo.optim.update = HashScorer, checked(train_grpo.optim.update)
     setup.Judge = lambda config, prompts: type("Judge", (), {"check": lambda self: None, "config": config})()
     label_logps, forward, calls, signals = train_sft.label_logps, train_grpo.forward, [], []

@@ -4,7 +4,6 @@ import functools
 import json
 import math
 
-import av
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -87,6 +86,8 @@ def synth_clip(path, seconds=1, fps=8, size=56, sound=True, seed=0):
     .mp4 (h264 + aac) and .webm (vp9 + opus): a square that moves over a colour ramp, with a tone where `sound`;
     .wav: the tone alone; .png: the first frame alone.
     """
+    import av  # here: the tests of CUDA run without it
+
     path = str(path)
     frames, tone = _frames(round(seconds * fps), size, seed), _tone(seconds, seed)
     if path.endswith(".png"):

@@ -5,13 +5,14 @@ from types import SimpleNamespace
 import torch
 from helpers import tiny_tokenizer
 
-from hov2.model import ATTENTION, Encoder, Policy
+from hov2.model import Encoder, Policy, media_model_of, use_own_parts
 
 
 def use_hov2_attention(thinker):
-    """Gives a tiny thinker the pluggable attention that `load_thinker` gives a loaded one."""
-    thinker.model.language_model.set_attn_implementation(ATTENTION)
-    for tower in (thinker.model.visual, thinker.model.audio_tower):
+    """Gives a tiny thinker the attention and norms that `load_thinker` gives a loaded one."""
+    use_own_parts(thinker)
+    media_model = media_model_of(thinker)
+    for tower in (media_model.visual, media_model.audio_tower):
         tower.requires_grad_(False)
     return thinker
 

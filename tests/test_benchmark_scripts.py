@@ -14,12 +14,16 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import flops
+import gpu
 import grpo_step
+import launches
 import media
 import rollout
 import scaling
 import variants
 from thinker import random_completions, sampling_for
+
+from hov2.model import decoder_of
 
 TINY = ["--video-tokens", "128", "--audio-tokens", "10", "--text-tokens", "12", "--completion-tokens", "6",
         "--generations", "3", "--layers", "2", "--hidden", "128", "--repeats", "1"]
@@ -67,11 +71,12 @@ def test_counted_flops_are_those_of_a_forward_pass():
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         way.logps(way.policy, given)
     counts = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
-    whole = next(count for name, count in counts.items() if name.endswith("language_model"))
+    decoder = next(name for name, module in way.policy.named_modules() if module is decoder_of(way.policy))
+    whole = counts[f"{type(way.policy).__name__}.{decoder}"]
     length = len(way.inputs.prompt_ids) + 6
     units = grpo_step.units_of(job, towers=0)
     assert whole == 3 * (units.token * length + units.pair * length**2)  # this backend computes the masked half too
-    assert counts["Linear"] == 3 * 6 * units.head  # lm_head, called by itself
+    assert counts[f"{type(way.policy).__name__}.lm_head"] == 3 * 6 * units.head  # of completions alone
 
 
 def test_flops_of_a_step_by_hand():
@@ -132,3 +137,39 @@ def test_variants_of_an_update_have_the_same_gradient():
         variants.setup(name, 320, job)
         norms.append(variants.update()["norm"])
     assert norms[0] > 0 and max(abs(norm / norms[0] - 1) for norm in norms) < 1e-4
+
+
+def test_launches_are_within_their_limits(capsys, tmp_path):
+    file = tmp_path / "out.json"
+    launches.main(["--json", str(file)])
+    assert "| 8 x 8 |" in capsys.readouterr().out
+    for found in json.loads(file.read_text()):
+        limit = 1650 if found["rows"] == "1 x 8" else 1750
+        assert 1000 < sum(found["step"].values()) <= limit + 28 * 14 * found["lora"]  # two more a layer with adapters
+        assert found["step"]["bmm"] == 4 * 28
+
+
+@pytest.mark.slow  # a minute
+def test_gpu_runs_whole_at_tiny_sizes(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        gpu.main(["--tiny", "--out", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert ended.value.code == 0, out
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results) == list(gpu.PARTS) and (tmp_path / "results.md").read_text().strip() in out
+    for rows in ("1 x 3", "8 x 3", "1 x 3, LoRA", "8 x 3, LoRA"):
+        assert f"| {rows} |" in out and results["decoding"][rows]["graph"] > 0
+    assert results["decoding"]["8 x 3"]["transformers"] > 0
+    for way in ("hov2", "batched", "released"):
+        assert results[way]["seconds"]["backward"] > 0 and results[way]["grad_norm"] > 0
+    assert results["hov2"]["sampling_kl"] < 1e-6 and results["hov2"]["plan_gib"]["rollout"] > 0
+
+
+def test_a_part_that_fails_takes_nothing_with_it(tmp_path, monkeypatch, capsys):
+    done = {"device": {"error": "RuntimeError: no driver"}, "hov2": {"error": "no time was left"}}
+    monkeypatch.setattr(gpu, "in_process", lambda part, *_: done[part])
+    with pytest.raises(SystemExit) as ended:
+        gpu.main(["--out", str(tmp_path), "--parts", "device", "hov2"])
+    assert ended.value.code == "failed: device, hov2"
+    assert json.loads((tmp_path / "results.json").read_text()) == done
+    assert "device failed: RuntimeError: no driver" in capsys.readouterr().out

@@ -30,6 +30,7 @@ from hov2.data import (
     read_samples,
 )
 from hov2.media import MediaError
+from hov2.model import media_model_of
 from hov2.prompts import load_prompts
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -262,6 +263,8 @@ def test_interleaved_layout(grids, tokens_a_grid, second_per_grid, audio_tokens,
     assert data.interleave(shape, 1, 0) == [int(video) for video, count in runs for _ in range(count)]
 
 
+@pytest.mark.skipif(not hasattr(Qwen2_5OmniProcessor, "replace_video_with_audio_token"),
+                    reason="this transformers' processor has no such function")
 @pytest.mark.parametrize("second_per_grid", [0.5, 0.7, 1.0, 1.9, 2.5, 3.75, 6.4])
 def test_interleaved_layout_equals_the_processors(second_per_grid):
     grid = torch.tensor([[9, 4, 6]])
@@ -282,7 +285,7 @@ def test_interleaved_prompt_fits_the_models_positions(clips):
     assert media_runs(inputs.prompt_ids) == [(VISION_BOS, 1), (AUDIO_BOS, 1), (VIDEO, 16), (AUDIO, audio),
                                              (AUDIO_EOS, 1), (VISION_EOS, 1)]
     ids = inputs.prompt_ids[None]
-    positions, _ = tiny_thinker().model.get_rope_index(
+    positions, _ = media_model_of(tiny_thinker()).get_rope_index(
         ids, None, inputs.shape.grid_thw, torch.ones_like(ids), True, torch.tensor([inputs.shape.mel_frames]),
         torch.tensor([inputs.shape.second_per_grid]))
     at = {token: positions[0, 0][inputs.prompt_ids == token] for token in (VIDEO, AUDIO, AUDIO_BOS)}

@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers import tiny_thinker, tiny_tokenizer
 from safetensors.torch import load_file
+from torch.distributed.run import get_args_parser
 
 from hov2.config import AlarmConfig, ConfigError, SFTConfig
 from hov2.guard import WINDOW, Guard, out_of_time, signs_of_collapse
@@ -74,8 +75,10 @@ def test_negative_limits_are_refused(name):
 
 
 def torchrun(processes, *arguments, **popen):
-    """Starts them; after a signal torchrun waits for long, so that a slow machine changes nothing."""
-    launcher = ["torch.distributed.run", "--standalone", "--shutdown-timeout", "600", "--nproc_per_node", processes]
+    """Starts them; after a signal torchrun waits for long, where it can, so that a slow machine changes nothing."""
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+    if "shutdown_timeout" in vars(get_args_parser().parse_args(["script"])):  # not in torch 2.11
+        launcher[2:2] = ["--shutdown-timeout", "600"]
     return subprocess.Popen([sys.executable, "-m", *map(str, [*launcher, *arguments])], cwd=ROOT, text=True,
                             env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, **popen)
 

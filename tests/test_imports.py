@@ -9,9 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"config", "prompts", "media", "spans", "rewards", "grpo", "logps", "distributed", "optim", "results",
-     "formats"},
-    {"guard", "weights", "media_cache", "report"},
+    {"config", "prompts", "media", "spans", "rewards", "grpo", "logps", "results", "formats"},
+    {"distributed", "media_cache", "report"},
+    {"guard", "weights", "optim"},
     {"model", "log"},
     {"prefix", "judge", "checkpoint", "data"},
     {"rollout", "scoring", "setup", "benchmarks"},

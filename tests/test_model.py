@@ -217,9 +217,8 @@ def test_merged_export_equals_the_adapter_on_and_off_is_the_base(tmp_path):
 
 def test_lora_goes_on_the_layers_that_are_named(tmp_path):
     tiny_thinker().save_pretrained(tmp_path)
-    names = {n for n, m in lora_policy(tmp_path, target_modules=["q_proj", "up_proj"]).named_modules()
-             if isinstance(m, LoRALinear)}
-    layers = "thinker.model.language_model.layers"
-    assert names == {f"{layers}.{i}.{part}" for i in (0, 1) for part in ("self_attn.q_proj", "mlp.up_proj")}
+    layers = lora_policy(tmp_path, target_modules=["q_proj", "up_proj"]).layers
+    names = {name for name, module in layers.named_modules() if isinstance(module, LoRALinear)}
+    assert names == {f"{i}.{part}" for i in (0, 1) for part in ("self_attn.q_proj", "mlp.up_proj")}
     with pytest.raises(ConfigError, match=r"expected some of \[.*'q_proj'.*\], got \['query'\]"):
         lora_policy(tmp_path, target_modules=["query"])

@@ -1,5 +1,6 @@
 """The memory plan against bytes counted from tensors and from the allocator, on tiny thinkers."""
 
+import math
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ from modelkit import policy_of, random_completions, random_prompts
 from sharding_runs import held_bytes, peak_bytes
 
 from hov2.config import GRPOConfig, LoRAConfig, SFTConfig
-from hov2.model import add_lora, set_training
+from hov2.model import add_lora, media_model_of, set_training
 from hov2.optim import make_optimizer
 from hov2.plan import held, kv_bytes, main, plan, rollout, shapes_of, update
 from hov2.prefix import group_logps
@@ -43,7 +44,7 @@ def test_what_is_held_all_the_time_is_exact(lora, states):
     optimizer = make_optimizer(policy, config)
     trainer(policy)[0]()
     optimizer.step()
-    towers = [policy.thinker.model.visual, policy.thinker.model.audio_tower]
+    towers = [media_model_of(policy.thinker).visual, media_model_of(policy.thinker).audio_tower]
     assert planned["towers"] == sum(p.nbytes for tower in towers for p in tower.parameters())
     assert planned["weights"] == sum(p.nbytes for p in policy.parameters()) - planned["towers"]
     assert planned["gradients"] == sum(p.grad.nbytes for p in policy.parameters() if p.grad is not None)
@@ -68,15 +69,15 @@ def test_the_update_s_peak_is_within_15_percent(layers, hidden, checkpointing):
 def test_keys_and_values_are_exact():
     thinker = policy_of(tiny_thinker()).thinker
     prompts, (generations, length) = random_prompts(thinker, 2), (3, 7)
-    shapes, tokens = shapes_of(thinker), sum(len(p.ids) for p in prompts)
-    cache, kv_heads, size = _Cache(len(prompts), generations, length), 2, shapes.kv // 2
-    for prompt in prompts:
+    shapes, lengths = shapes_of(thinker), [len(p.ids) for p in prompts]
+    cache, kv_heads, size = _Cache(lengths, generations, length), 2, shapes.kv // 2
+    for number, prompt in enumerate(prompts):
         query, key = (torch.zeros(1, heads, len(prompt.ids), size) for heads in (4, kv_heads))
         for layer in range(shapes.layers):
-            cache.attend_prefill(layer, query, key, key, 1.0)
-    own = [*cache.own_keys, *cache.own_values]
-    kept = [tensor for layer in cache.prompts for pair in layer for tensor in pair]
-    assert kv_bytes(shapes, tokens + 2 * generations * length, FLOAT) == sum(t.nbytes for t in own + kept)
+            cache.attend_prefill(number, layer, query, key, key, 1.0)
+    kept = [*cache.own_keys, *cache.own_values, *cache.prompt_keys, *cache.prompt_values]
+    tokens = 2 * (8 * math.ceil(max(lengths) / 8) + generations * length)  # prompts padded to the longest
+    assert kv_bytes(shapes, tokens, FLOAT) == sum(tensor.nbytes for tensor in kept)
 
 
 def test_shares_shrink_with_gpus_and_accumulation_keeps_whole_gradients():

@@ -6,7 +6,7 @@ from helpers import tiny_thinker
 from modelkit import random_completions, random_inputs, separate_logps, use_hov2_attention
 
 from hov2.logps import chunked_token_logps, token_logps
-from hov2.model import Encoder
+from hov2.model import Encoder, checkpoint_activations, media_model_of
 from hov2.prefix import group_logps, pack
 
 CASES = {"video and sound": {}, "image and sound": {"kind": "image", "frames": 2}, "sound": {"frames": 0},
@@ -42,7 +42,7 @@ def test_gradients_equal_separate_rows(checkpointing):
     for way in (0, 1):
         thinker = use_hov2_attention(tiny_thinker())
         if checkpointing and way == 1:
-            thinker.activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(thinker, True)
             thinker.train()
         logps = both_ways(thinker, inputs, completions, temperature=1.0)[way]
         sum((w * lp).sum() for w, lp in zip(random_weights, logps)).backward()
@@ -113,7 +113,8 @@ def test_entropy_of_a_hand_made_distribution():
 def test_encoder_runs_each_tower_once_per_clip():
     thinker = use_hov2_attention(tiny_thinker())
     calls = []
-    for tower in (thinker.model.visual, thinker.model.audio_tower):
+    media_model = media_model_of(thinker)
+    for tower in (media_model.visual, media_model.audio_tower):
         tower.register_forward_hook(lambda module, *_: calls.append(type(module).__name__))
     encoder = Encoder(thinker, torch.device("cpu"), cache_size=1)
     first, again = random_inputs(key="clip"), random_inputs(seed=3, key="clip")

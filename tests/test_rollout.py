@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import pytest
 import torch
 from helpers import tiny_thinker, tiny_tokenizer
 from modelkit import random_inputs, random_prompts, use_hov2_attention
@@ -60,7 +61,7 @@ def test_sampler_log_probs_equal_teacher_forced_ones():
         thinker.lm_head.weight *= 10  # far from uniform
     prompts = random_prompts(thinker, 2)
     for top_k in (0, 5):
-        rollouts = generate(thinker, prompts, 4, settings(thinker, temperature=0.9, top_k=top_k, logps=True), generators(2))
+        rollouts = generate(thinker, prompts, 4, settings(thinker, temperature=0.9, top_k=top_k, logps=2), generators(2))
         logps, _ = group_logps(thinker, prompts, [r.completion_ids for r in rollouts], temperature=0.9)
         for rollout, expected in zip(rollouts, logps):
             assert rollout.completion_mask.sum() > 20
@@ -147,15 +148,19 @@ def test_seed_step_and_sample_decide_the_draws():
     assert len(set(draws.values())) == 4 and draws[0, 1, 0] == make_generator("cpu", 0, 1, 0).initial_seed()
 
 
-def test_compiled_steps_give_the_same_tokens_and_compile_once_for_all_tokens(monkeypatch):
-    thinker, compiled = peaked_thinker(), torch.compile(rollouts._step, backend="aot_eager")
-    monkeypatch.setattr(rollouts, "_compiled", lambda: compiled)
-    prompts = random_prompts(thinker, 2)
-    for temperature in (0.0, 1.0):
-        sampling = settings(thinker, max_completion_length=24, temperature=temperature, logps=True)
-        plain = generate(thinker, prompts, 3, sampling, generators(2))
-        with torch._dynamo.config.patch(error_on_recompile=True):
-            same = generate(thinker, prompts, 3, dataclasses.replace(sampling, compile=True), generators(2))
-        for a, b in zip(plain, same):
-            assert a.completion_ids.tolist() == b.completion_ids.tolist()
+@pytest.mark.parametrize("decoding", ["fixed", "graph"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_all_forms_of_decoding_give_the_same_tokens(monkeypatch, decoding, temperature):
+    monkeypatch.setattr(rollouts, "OWN_KEYS", 16)  # several lengths
+    thinker = peaked_thinker()
+    prompts = random_prompts(thinker, 3)
+    sampling = settings(thinker, max_completion_length=44, temperature=temperature, logps=2)
+    plain = generate(thinker, prompts, 4, sampling, generators(3))
+    assert len({int(length) for rollout in plain for length in rollout.completion_mask.sum(1)}) > 2
+    same = generate(thinker, prompts, 4, dataclasses.replace(sampling, decoding=decoding), generators(3))
+    for a, b in zip(plain, same):
+        assert a.completion_ids.tolist() == b.completion_ids.tolist()
+        assert (a.sampling_logps is None) == (b.sampling_logps is None)
+        if a.sampling_logps is not None:
             torch.testing.assert_close(a.sampling_logps, b.sampling_logps, atol=1e-5, rtol=0)
+    assert [rollout.sampling_logps is None for rollout in plain] == [False, False, True]

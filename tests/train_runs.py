@@ -79,7 +79,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     train_grpo.Scorer, setup.Judge = HashScorer, stand_in_judge
     device = distributed.setup()  # once: a process can't reliably join a torchrun group twice
-    distributed.setup, distributed.cleanup = lambda: device, lambda: None
+    distributed.setup, distributed.cleanup = lambda _: device, lambda: None
     for script, config, overrides in json.loads(Path(sys.argv[1]).read_text()):
         module, kind = {"sft": (train_sft, SFTConfig), "grpo": (train_grpo, GRPOConfig),
                         "eval": (evaluate, EvalConfig)}[script]
