@@ -197,7 +197,7 @@ def part_tests(asked, device):
     if device.type != "cuda":
         command.append("--collect-only")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    (Path(asked.out) / "tests.log").write_text(done.stdout + done.stderr)
+    (Path(asked.out) / "pytest.log").write_text(done.stdout + done.stderr)
     lines = done.stdout.strip().splitlines()
     return {"passed": done.returncode == 0, "summary": lines[-1] if lines else done.stderr[-500:],
             "failed": [line for line in lines if line.startswith(("FAILED", "ERROR"))]}
@@ -222,8 +222,10 @@ def part_decoding(asked, device):
     policy = make_policy(device, asked.tiny, own=False, lora=False)
     for prompts in (1, 8):
         named = f"{prompts} x {sizes.generations}"
-        found[named]["transformers"] = transformers_rate(policy, device, sizes, prompts)
-        print(named, "transformers", f"{found[named]['transformers']:.0f} tokens/s", flush=True)
+        try:
+            found[named]["transformers"] = transformers_rate(policy, device, sizes, prompts)
+        except torch.OutOfMemoryError as error:  # it makes the logits of all prompt tokens
+            print(named, "transformers:", error, flush=True)
     return found
 
 

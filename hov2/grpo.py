@@ -173,7 +173,7 @@ def sampling_kl(per_token_logps, sampling_logps, completion_mask):
     """
     keep = completion_mask.bool()
     difference = (per_token_logps.detach() - sampling_logps).masked_fill(~keep, 0.0)
-    return masked_mean(torch.exp(difference) - difference - 1.0, keep)
+    return masked_mean(torch.expm1(difference) - difference, keep)  # expm1: the difference may be 1e-6
 
 
 def masked_mean(values, mask):

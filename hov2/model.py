@@ -1,9 +1,9 @@
 """The thinker: loading it, encoding a prompt's media once, and running its decoder with an attention of our choice.
 
 Qwen2.5-Omni's thinker is a decoder over text, video and audio tokens, with two frozen towers that turn frames and sound
-into such tokens. The modeling code is transformers' own. Two things are added from outside, through its public
-interfaces: `Encoder` runs the towers once per clip, and an attention function that lets the caller say who attends to
-whom (`prefix.py` for training, `rollout.py` for decoding).
+into such tokens. The modeling code is transformers' own. Two things are added from outside: `Encoder` runs the towers
+once per clip, and an attention that lets the caller say who attends to whom (`prefix.py` for training, `rollout.py` for
+decoding).
 """
 
 from contextlib import contextmanager
@@ -15,27 +15,46 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoTokenizer
+from transformers import AttentionInterface, AutoConfig, AutoTokenizer
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniAttention
 
 from hov2.config import ConfigError
 from hov2.distributed import compute_dtype, make_mesh, rank_zero_first, shard
 from hov2.weights import ModelError, fetch, fill, read_weights, whole
 
-ATTENTION = "hov2"  # our name in transformers' attention interface
 TOWER_ATTENTION = "hov2_flash"  # with "flash" in it, transformers hands over all windows at once instead of one by one
 
 
-def attention(module, query, key, value, attention_mask, scaling=None, attend=None, **kwargs):
-    """transformers' attention call; `attend(layer, query, key, value, scale)` replaces it when the caller passes one.
+class Attention(Qwen2_5OmniAttention):
+    """transformers' attention of a decoder layer, whose caller may say who attends to whom."""
 
-    query (B, heads, L, head_dim), key and value (B, kv heads, L, head_dim), after the rotary embedding.
+    def forward(self, hidden_states, *args, position_embeddings=None, attend=None, **kwargs):
+        """`attend(layer, query, key, value, scale)`, if there is one, takes the place of transformers' own.
+
+        query (B, heads, L, hd), key and value (B, kv heads, L, hd), after the rotary embedding.
+        """
+        if attend is None:
+            return super().forward(hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        query, key, value = (project(hidden_states).unflatten(-1, (-1, self.head_dim)) for project in projections)
+        heads = query.shape[2]
+        turned = rotated(torch.cat([query, key], 2), *position_embeddings)  # (B, L, heads + kv heads, hd)
+        query, key, value = (x.transpose(1, 2) for x in (turned[:, :, :heads], turned[:, :, heads:], value))
+        attended = attend(self.layer_idx, query, key, value, self.scaling)
+        return self.o_proj(attended.transpose(1, 2).flatten(2)), None
+
+
+def rotated(x, cos, sin):
+    """The rotary embedding of x (B, L, heads, hd): x cos + (-second half, first half) sin, in as few kernels as can be.
+
+    cos, sin (B, L, hd), as transformers' rotary embedding gives them.
     """
-    if attend is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    return attend(module.layer_idx, query, key, value, scaling).transpose(1, 2).contiguous(), None
+    first, second = x.chunk(2, -1)
+    first_sin, second_sin = sin[:, :, None].chunk(2, -1)
+    first_cos, second_cos = (x * cos[:, :, None]).chunk(2, -1)
+    return torch.cat([torch.addcmul(first_cos, second, first_sin, value=-1),
+                      torch.addcmul(second_cos, first, second_sin)], -1)
 
 
 def tower_attention(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, max_length_q=None,
@@ -59,9 +78,7 @@ def tower_attention(module, query, key, value, attention_mask, scaling=None, cu_
     return torch.cat(parts)[None], None
 
 
-AttentionInterface.register(ATTENTION, attention)
 AttentionInterface.register(TOWER_ATTENTION, tower_attention)
-AttentionMaskInterface.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])  # else padding masks are silently lost
 
 
 # ---- What differs between transformers 5.17 and 5.23 -----------------------------------------------------------------
@@ -148,13 +165,14 @@ class LoRALinear(nn.Module):
 
 
 def use_own_parts(thinker):
-    """Gives a thinker the attention functions above, and torch's own norms: one kernel on CUDA instead of eight.
+    """Gives a thinker the attention above, and torch's own norms: one kernel on CUDA instead of eight.
 
     transformers writes a norm out in single operations, and rounds before its product with the weight, torch after it;
     in float32 both are the same.
     """
     decoder, media_model = decoder_of(thinker), media_model_of(thinker)
-    decoder.set_attn_implementation(ATTENTION)
+    for layer in decoder.layers:
+        layer.self_attn.__class__ = Attention  # the same weights under the same names, another `forward`
     for tower in (media_model.visual, media_model.audio_tower):
         tower.config._attn_implementation = TOWER_ATTENTION  # the setter would look for a package of that name
     norms = [(parent, name, child) for parent in decoder.modules() for name, child in parent.named_children()

@@ -158,7 +158,9 @@ def thinker_of(name):
 def thinker_of_7b():
     """The thinker of Qwen2.5-Omni-7B on the meta device, whose sizes transformers knows."""
     with tempfile.TemporaryDirectory() as folder:
-        Qwen2_5OmniThinkerConfig(vision_config={"hidden_size": 1280}).save_pretrained(folder)  # all else is the default
+        config = Qwen2_5OmniThinkerConfig(vision_config={"hidden_size": 1280}, vision_start_token_id=151652,
+                                          vision_end_token_id=151653)  # all else is the default
+        config.save_pretrained(folder)
         return design(folder, torch.bfloat16)
 
 

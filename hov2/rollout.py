@@ -124,8 +124,9 @@ def generate(thinker, prompts, num_generations, sampling, generators, on_token=N
                 batch, ended, start, token, state = (x[keep] for x in (batch, ended, start, token, state))
         if t + 1 < limit:
             hidden = step(token, start + t, t)
-    groups = torch.arange(rows).split(num_generations)
-    return [_finish(tokens[r], is_end[r], logps[r] if i < sampling.logps else None) for i, r in enumerate(groups)]
+    of_prompts = zip(*(x.split(num_generations) for x in (tokens, is_end, logps)))
+    return [_finish(ids, ends, of_ids if number < sampling.logps else None)
+            for number, (ids, ends, of_ids) in enumerate(of_prompts)]
 
 
 def _prefill(thinker, prompts, num_generations, max_completion_length):
@@ -192,11 +193,11 @@ class _Step:
     def _capture(self, length):
         """Records one step, without running it, as `graph`, whose replays read `inputs` and write `hidden`."""
         try:
-            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+            graph, (memory, stream) = torch.cuda.CUDAGraph(), _place_for_graphs()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 # other threads (pinned copies, the collectives' watchdog) may go on with what they do
-                graph.capture_begin(pool=_graph_memory().id, capture_error_mode="thread_local")
+                graph.capture_begin(pool=memory, capture_error_mode="thread_local")
                 try:
                     hidden = self._run(*self.inputs, length)
                 finally:
@@ -208,15 +209,20 @@ class _Step:
             say(f"decoding goes on without a CUDA graph, slower: {type(error).__name__}: {error}")
         else:
             self.graph, self.hidden = graph, hidden
+            _last_graph[:] = [graph]
 
 
 _no_graph = []  # why this process couldn't capture a graph, once it couldn't
+_last_graph = []  # the newest, kept until the next one is there: memory that no graph uses can't be shared again
 
 
 @functools.cache
-def _graph_memory():
-    """The memory that all graphs of this process share, one after the other."""
-    return torch.cuda.MemPool()
+def _place_for_graphs():
+    """The memory that all graphs of this process share, one after the other, and the stream that they're captured on.
+
+    cuBLAS keeps a workspace for each stream that it ever saw.
+    """
+    return torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
 
 def _rows_to_keep(alive, worth_leaving):

@@ -23,7 +23,8 @@ import scaling
 import variants
 from thinker import random_completions, sampling_for
 
-from hov2.model import decoder_of
+from hov2 import plan
+from hov2.model import Encoder, Policy, decoder_of
 
 TINY = ["--video-tokens", "128", "--audio-tokens", "10", "--text-tokens", "12", "--completion-tokens", "6",
         "--generations", "3", "--layers", "2", "--hidden", "128", "--repeats", "1"]
@@ -173,3 +174,12 @@ def test_a_part_that_fails_takes_nothing_with_it(tmp_path, monkeypatch, capsys):
     assert ended.value.code == "failed: device, hov2"
     assert json.loads((tmp_path / "results.json").read_text()) == done
     assert "device failed: RuntimeError: no driver" in capsys.readouterr().out
+
+
+def test_the_7b_s_prompt_has_its_own_media_tokens():
+    policy = Policy(plan.thinker_of_7b())
+    inputs = gpu.own_inputs(policy, gpu.Sizes())
+    config, ids = policy.thinker.config, inputs.prompt_ids.tolist()
+    assert (ids.count(config.video_token_id), ids.count(config.audio_token_id)) == (1024, 500) and len(ids) == 2000
+    positions = Encoder(policy.thinker, torch.device("cpu"))._positions(inputs)
+    assert positions.shape == (3, 2000) and int(positions.max()) < 2000 - 1024 + 16 * 2 + 500
