@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hov2 import plan, rollout
 from hov2.config import LoRAConfig
-from hov2.model import Prompt, add_lora, decoder_of
+from hov2.model import Prompt, add_lora, decoder_of, stacked_projections
 
 # operations that only describe memory anew, or take some
 NO_KERNEL = {
@@ -59,9 +59,10 @@ def count(thinker, prompts, generations, prompt_tokens=2048, completion_tokens=1
     hidden, cache = rollout._prefill(thinker, batch, generations, completion_tokens)
     step = rollout._Step(thinker, cache, "fixed")
     rows = torch.zeros(prompts * generations, dtype=torch.long, device=META)
-    step(rows, rows, 0)  # allocates what the next ones use again
-    with KernelCounter() as of_step:
-        hidden = step(rows, rows, 1)
+    with stacked_projections(thinker):
+        step(rows, rows, 0)  # allocates what the next ones use again
+        with KernelCounter() as of_step:
+            hidden = step(rows, rows, 1)
 
     def noise(width):
         drawn = [torch.empty(generations, width, device=META).exponential_() for _ in batch]

@@ -58,6 +58,7 @@ def rollout(shapes, config, prompts, prompt_tokens, width=2):
     """{what: bytes} that decoding `prompts` groups together adds: all weights gathered, and keys and values."""
     rows = prompts * config.num_generations
     return {"weights gathered": width * shapes.decoder,
+            "stacked projections": width * shapes.layers * shapes.hidden * (shapes.heads + 2 * shapes.kv),
             "prefill": width * prompt_tokens * (4 * shapes.hidden + 3 * shapes.mlp),  # of one prompt, one layer
             "KV cache": kv_bytes(shapes, prompts * prompt_tokens + rows * config.max_completion_length, width),
             "logits": 3 * FLOAT * rows * shapes.vocab}

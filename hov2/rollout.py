@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from hov2.distributed import say
-from hov2.model import decode, embed
+from hov2.model import decode, embed, stacked_projections
 from hov2.prefix import causal_attention, pack
 from hov2.spans import TURN_ENDS, states_towards, token_bytes_of
 
@@ -97,33 +97,34 @@ def generate(thinker, prompts, num_generations, sampling, generators, on_token=N
     logps = torch.zeros(rows, limit, device=device)
     stops, suppressed = torch.tensor(sampling.stop_ids, device=device), sampling.suppressed_ids.to(device)
     states = None if sampling.answer_states is None else sampling.answer_states.to(device)
-    for t in range(limit):
-        logits = F.linear(hidden, thinker.lm_head.weight).float()  # (R, V)
-        with_logps = cache.rows_of_first(sampling.logps)
-        normaliser = (logits[:with_logps] / (sampling.temperature or 1)).logsumexp(-1)
-        token = _sample(logits, sampling, suppressed, functools.partial(_noise, generators, num_generations, batch))
-        tokens[batch, t] = torch.where(ended, sampling.pad_id, token)
-        if with_logps:
-            logit = logits[:with_logps].gather(-1, token[:with_logps, None])[:, 0] / (sampling.temperature or 1)
-            logps[batch[:with_logps], t] = torch.where(ended[:with_logps], 0.0, logit - normaliser)
-        if on_token is not None:
-            on_token(tokens[:, t])
-        ends = torch.isin(token, stops)
-        if states is not None:
-            state = states[token, state]
-            ends = ends | (state == states.shape[1] - 1)
-        is_end[batch, t] = ends
-        ended = ended | ends
-        if t % LEAVE_EVERY == LEAVE_EVERY - 1:
-            alive = (~ended).view(cache.size).tolist()  # waits for the device
-            if not any(any(of_prompt) for of_prompt in alive):
-                break
-            kept = _rows_to_keep(alive, step.worth_leaving)
-            if kept is not None:
-                keep = cache.select(kept)
-                batch, ended, start, token, state = (x[keep] for x in (batch, ended, start, token, state))
-        if t + 1 < limit:
-            hidden = step(token, start + t, t)
+    with stacked_projections(thinker, step.fixed):
+        for t in range(limit):
+            logits = F.linear(hidden, thinker.lm_head.weight).float()  # (R, V)
+            with_logps = cache.rows_of_first(sampling.logps)
+            normaliser = (logits[:with_logps] / (sampling.temperature or 1)).logsumexp(-1)
+            token = _sample(logits, sampling, suppressed, functools.partial(_noise, generators, num_generations, batch))
+            tokens[batch, t] = torch.where(ended, sampling.pad_id, token)
+            if with_logps:
+                logit = logits[:with_logps].gather(-1, token[:with_logps, None])[:, 0] / (sampling.temperature or 1)
+                logps[batch[:with_logps], t] = torch.where(ended[:with_logps], 0.0, logit - normaliser)
+            if on_token is not None:
+                on_token(tokens[:, t])
+            ends = torch.isin(token, stops)
+            if states is not None:
+                state = states[token, state]
+                ends = ends | (state == states.shape[1] - 1)
+            is_end[batch, t] = ends
+            ended = ended | ends
+            if t % LEAVE_EVERY == LEAVE_EVERY - 1:
+                alive = (~ended).view(cache.size).tolist()  # waits for the device
+                if not any(any(of_prompt) for of_prompt in alive):
+                    break
+                kept = _rows_to_keep(alive, step.worth_leaving)
+                if kept is not None:
+                    keep = cache.select(kept)
+                    batch, ended, start, token, state = (x[keep] for x in (batch, ended, start, token, state))
+            if t + 1 < limit:
+                hidden = step(token, start + t, t)
     of_prompts = zip(*(x.split(num_generations) for x in (tokens, is_end, logps)))
     return [_finish(ids, ends, of_ids if number < sampling.logps else None)
             for number, (ids, ends, of_ids) in enumerate(of_prompts)]

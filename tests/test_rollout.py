@@ -9,7 +9,8 @@ from helpers import tiny_thinker, tiny_tokenizer
 from modelkit import random_inputs, random_prompts, use_hov2_attention
 
 from hov2 import rollout as rollouts
-from hov2.model import Encoder
+from hov2.config import LoRAConfig
+from hov2.model import Encoder, add_lora
 from hov2.prefix import group_logps
 from hov2.rollout import _noise, _sample, generate, make_generator, sampling_for
 from hov2.spans import completion_tokens
@@ -149,10 +150,15 @@ def test_seed_step_and_sample_decide_the_draws():
 
 
 @pytest.mark.parametrize("decoding", ["fixed", "graph"])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_all_forms_of_decoding_give_the_same_tokens(monkeypatch, decoding, temperature):
+@pytest.mark.parametrize("temperature, lora", [(0.0, False), (1.0, False), (1.0, True)])
+def test_all_forms_of_decoding_give_the_same_tokens(monkeypatch, decoding, temperature, lora):
     monkeypatch.setattr(rollouts, "OWN_KEYS", 16)  # several lengths
     thinker = peaked_thinker()
+    if lora:
+        add_lora(thinker, LoRAConfig(rank=3))
+        for name, parameter in thinker.named_parameters():
+            if ".lora_" in name:
+                parameter.data.normal_(std=0.2, generator=torch.Generator().manual_seed(0))
     prompts = random_prompts(thinker, 3)
     sampling = settings(thinker, max_completion_length=44, temperature=temperature, logps=2)
     plain = generate(thinker, prompts, 4, sampling, generators(3))
