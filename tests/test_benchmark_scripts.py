@@ -140,13 +140,14 @@ def test_variants_of_an_update_have_the_same_gradient():
     assert norms[0] > 0 and max(abs(norm / norms[0] - 1) for norm in norms) < 1e-4
 
 
+@pytest.mark.slow
 def test_launches_are_within_their_limits(capsys, tmp_path):
     file = tmp_path / "out.json"
     launches.main(["--json", str(file)])
     assert "| 8 x 8 |" in capsys.readouterr().out
     for found in json.loads(file.read_text()):
         limit = 1650 if found["rows"] == "1 x 8" else 1750
-        assert 1000 < sum(found["step"].values()) <= limit + 28 * 14 * found["lora"]  # two more a layer with adapters
+        assert 500 < sum(found["step"].values()) <= limit + 28 * 14 * found["lora"]  # two more a layer with adapters
         assert found["step"]["bmm"] == 4 * 28
 
 

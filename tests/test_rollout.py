@@ -1,5 +1,6 @@
 """Decoding: the tokens and log-probs of the shared cache are the plain model's, alone or beside other prompts."""
 
+import copy
 import dataclasses
 import functools
 
@@ -7,10 +8,12 @@ import pytest
 import torch
 from helpers import tiny_thinker, tiny_tokenizer
 from modelkit import random_inputs, random_prompts, use_hov2_attention
+from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
 from hov2 import rollout as rollouts
 from hov2.config import LoRAConfig
-from hov2.model import Encoder, add_lora
+from hov2.grpo import sampling_kl
+from hov2.model import Encoder, Prompt, add_lora, decoder_of
 from hov2.prefix import group_logps
 from hov2.rollout import _noise, _sample, generate, make_generator, sampling_for
 from hov2.spans import completion_tokens
@@ -170,3 +173,30 @@ def test_all_forms_of_decoding_give_the_same_tokens(monkeypatch, decoding, tempe
         if a.sampling_logps is not None:
             torch.testing.assert_close(a.sampling_logps, b.sampling_logps, atol=1e-5, rtol=0)
     assert [rollout.sampling_logps is None for rollout in plain] == [False, False, True]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decoding", ["shrinking", "fixed"])
+def test_what_is_sampled_in_bfloat16_is_what_is_trained(decoding):
+    """Four layers of the 7B's sizes, key biases as large as real ones: with scores in bfloat16 the KL would be 6e-2."""
+    config = copy.deepcopy(tiny_thinker().config)
+    for name, value in {"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "vocab_size": 2048,
+                        "num_key_value_heads": 4, "num_hidden_layers": 4, "layer_types": ["full_attention"] * 4,
+                        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6,
+                                            "mrope_section": [16, 24, 24]}}.items():
+        setattr(config.text_config, name, value)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        thinker = use_hov2_attention(Qwen2_5OmniThinkerForConditionalGeneration(config).eval().bfloat16())
+    with torch.no_grad():
+        for layer in decoder_of(thinker).layers:
+            layer.self_attn.k_proj.bias.normal_(std=16.0, generator=torch.Generator().manual_seed(0))
+        thinker.lm_head.weight *= 2.4
+    ids = torch.randint(0, 300, (256,), generator=torch.Generator().manual_seed(1))
+    prompt = Prompt(ids, torch.arange(256).expand(3, -1), None, None)
+    sampling = dataclasses.replace(settings(thinker, max_completion_length=24, temperature=0.9, top_k=50, logps=1),
+                                   stop_ids=[-1], decoding=decoding)
+    rollout = generate(thinker, [prompt], 8, sampling, generators(1))[0]
+    with torch.no_grad():
+        logps = group_logps(thinker, [prompt], [rollout.completion_ids], 0.9)[0][0]
+    assert 1e-5 < sampling_kl(logps, rollout.sampling_logps, rollout.completion_mask) < 1e-2
