@@ -37,7 +37,6 @@ from hov2.model import (
     Prompt,
     adapters_off,
     add_lora,
-    checkpoint_activations,
     set_training,
     tower_parameters,
     use_own_parts,
@@ -343,7 +342,11 @@ class OfTransformers:
         """Completions (rows, length): one call for all rows, or a call for each."""
         calls, rows = (self.sizes.released_run, 1) if self.single else (1, self.sizes.generations)
         sampling = sampling_of(self.policy, length)
-        return torch.cat([self.policy(lambda _: self.way.sample(rows, sampling, call)) for call in range(calls)]), None
+
+        def sample(_, seed):
+            return self.way.sample(rows, sampling, seed)
+
+        return torch.cat([self.policy(sample, seed) for seed in range(calls)]), None
 
     def batches(self, completions):
         """What goes through the model at a time."""
@@ -433,55 +436,72 @@ PARTS = {
 
 def tables(results):
     """What is known so far, as Markdown."""
-    lines = []
-    if "error" not in results.get("device", {"error": ""}):
-        of = results["device"]
-        lines += [f"{of['name']}, {of['date']}: Python {of['python']}, torch {of['torch']}, transformers "
-                  f"{of['transformers']}; a copy moves {of['bytes_per_second'] / 1e12:.2f} TB/s, a bfloat16 product "
-                  f"makes {of['flop_per_second'] / 1e12:.0f} TFLOP/s", ""]
-    if "tests" in results:
-        lines += [f"Tests: {results['tests'].get('summary', results['tests'].get('error'))}", ""]
-    decoding = results.get("decoding", {})
-    if decoding and "error" not in decoding:
-        keys = ("fixed", "apart", "graph", "transformers", "limit")
-        lines += ["| decoding, tokens a second | no graph | graph, q k v apart | graph | transformers | bandwidth's limit | "
-                  "graph / limit |", "| --- |" + " --: |" * 6]
-        for rows, of in decoding.items():
-            shown = [f"{of[key]:.0f}" if of.get(key) else "-" for key in keys]
-            share = f"{of['graph'] / of['limit']:.2f}" if of.get("limit") else "-"
-            lines.append(f"| {rows} | {' | '.join(shown)} | {share} |")
-        lines.append("")
+    device, decoding = results.get("device", {}), results.get("decoding", {})
     ways = {way: results[way] for way in ("hov2", "batched", "released") if "total" in results.get(way, {})}
+    parts = []
+    if "name" in device:
+        parts.append(device_line(device))
+    if "summary" in results.get("tests", {}):
+        parts.append(f"Tests: {results['tests']['summary']}")
+    if decoding and "error" not in decoding:
+        parts.append(decoding_table(decoding))
     if ways:
-        phases = list(dict.fromkeys(phase for of in ways.values() for phase in of["seconds"]))
-        lines += [f"| one step, seconds | {' | '.join(ways)} |", "| --- |" + " --: |" * len(ways)]
-        for phase in phases:
-            shown = [f"{of['seconds'].get(phase, 0):.3f}" for of in ways.values()]
-            lines.append(f"| {phase} | {' | '.join(shown)} |")
-        totals = [f"{of['total']:.2f}" for of in ways.values()]
-        lines.append(f"| all | {' | '.join(totals)} |")
-        if "hov2" in ways:
-            shown = [f"{of['total'] / ways['hov2']['total']:.2f}" for of in ways.values()]
-            lines.append(f"| all / hov2 | {' | '.join(shown)} |")
-        if any(of["peak_gib"] for of in ways.values()):
-            shown = [f"{max(of['peak_gib'].values()):.1f}" for of in ways.values()]
-            lines.append(f"| peak memory, GiB | {' | '.join(shown)} |")
-        lines.append("")
-    hov2 = ways.get("hov2")
-    if hov2:
-        lines += [f"hov2: prompt of {hov2['prompt_tokens']} tokens; sampling/kl {hov2['sampling_kl']:.1e}", ""]
-        planned, peak = hov2["plan_gib"], hov2["peak_gib"]
-        if peak:
-            rollout, updating = peak["rollout"], max(peak["forward"], peak["backward"], peak["optimizer"])
-            always = planned["always"]
-            lines += ["| memory, GiB | planned | used |", "| --- | --: | --: |",
-                      f"| always | {always:.1f} | {hov2['held_gib']:.1f} |",
-                      f"| rollout | {always + planned['rollout']:.1f} | {rollout:.1f} |",
-                      f"| update | {always + planned['update']:.1f} | {updating:.1f} |", ""]
-    for part, of in results.items():
-        if "error" in of:
-            lines += [f"{part} failed: {of['error']}", ""]
-    return "\n".join(lines)
+        parts.append(step_table(ways))
+    if "hov2" in ways:
+        parts.append(f"hov2: prompt of {ways['hov2']['prompt_tokens']} tokens; "
+                     f"sampling/kl {ways['hov2']['sampling_kl']:.1e}")
+        if ways["hov2"]["peak_gib"]:
+            parts.append(memory_table(ways["hov2"]))
+    parts += [f"{part} failed: {found['error']}" for part, found in results.items() if "error" in found]
+    return "\n\n".join(parts) + "\n"
+
+
+def markdown(header, rows):
+    """A table whose first column is text and whose others are numbers."""
+    lines = [header, ["---"] + ["--:"] * (len(header) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def device_line(device):
+    """Where and with what."""
+    return (f"{device['name']}, {device['date']}: Python {device['python']}, torch {device['torch']}, transformers "
+            f"{device['transformers']}; a copy moves {device['bytes_per_second'] / 1e12:.2f} TB/s, a bfloat16 product "
+            f"makes {device['flop_per_second'] / 1e12:.0f} TFLOP/s")
+
+
+def decoding_table(decoding):
+    """Tokens a second."""
+    names = {"fixed": "no graph", "apart": "graph, q k v apart", "graph": "graph",
+             "transformers": "transformers", "limit": "bandwidth's limit"}
+    rows = []
+    for prompts, found in decoding.items():
+        share = f"{found['graph'] / found['limit']:.2f}" if found.get("limit") else "-"
+        rows.append([prompts, *[f"{found[key]:.0f}" if found.get(key) else "-" for key in names], share])
+    return markdown(["decoding, tokens a second", *names.values(), "graph / limit"], rows)
+
+
+def step_table(ways):
+    """Seconds by phase of each way, all of them beside hov2's, and the peak of memory."""
+    phases = {phase: None for found in ways.values() for phase in found["seconds"]}
+    rows = [[phase, *[f"{found['seconds'].get(phase, 0):.3f}" for found in ways.values()]] for phase in phases]
+    rows.append(["all", *[f"{found['total']:.2f}" for found in ways.values()]])
+    if "hov2" in ways:
+        rows.append(["all / hov2", *[f"{found['total'] / ways['hov2']['total']:.2f}" for found in ways.values()]])
+    if all(found["peak_gib"] for found in ways.values()):
+        rows.append(["peak memory, GiB", *[f"{max(found['peak_gib'].values()):.1f}" for found in ways.values()]])
+    return markdown(["one step, seconds", *ways], rows)
+
+
+def memory_table(found):
+    """The memory plan beside what was used."""
+    planned, peak = found["plan_gib"], found["peak_gib"]
+    used = {"always": found["held_gib"], "rollout": peak["rollout"],
+            "update": max(peak["forward"], peak["backward"], peak["optimizer"])}
+    rows = []
+    for phase, gib in used.items():
+        plan_of_phase = planned["always"] + (planned[phase] if phase != "always" else 0)
+        rows.append([phase, f"{plan_of_phase:.1f}", f"{gib:.1f}"])
+    return markdown(["memory, GiB", "planned", "used"], rows)
 
 
 # ---- Processes -------------------------------------------------------------------------------------------------------

@@ -14,8 +14,6 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 from hov2.config import MediaConfig
 from hov2.data import InputMaker, kind_of, read_records, to_sample, tried
 from hov2.distributed import compute_dtype, device_of, use_cuda

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from helpers import tiny_thinker, tiny_tokenizer
-from modelkit import random_inputs
+from modelkit import random_inputs, use_hov2_attention
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
@@ -19,10 +19,12 @@ from hov2.model import (
     adapters_off,
     add_lora,
     decode,
+    decoder_of,
     embed,
     load_thinker,
     load_tokenizer,
 )
+from hov2.prefix import causal_attention
 from hov2.weights import export
 
 
@@ -222,3 +224,35 @@ def test_lora_goes_on_the_layers_that_are_named(tmp_path):
     assert names == {f"{i}.{part}" for i in (0, 1) for part in ("self_attn.q_proj", "mlp.up_proj")}
     with pytest.raises(ConfigError, match=r"expected some of \[.*'q_proj'.*\], got \['query'\]"):
         lora_policy(tmp_path, target_modules=["query"])
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 5])  # windows of two merged tokens by two: whole ones, and cut ones at the edges
+@pytest.mark.parametrize("kind", ["video", "image"])
+def test_towers_equal_transformers_own_with_windows_of_any_sizes(side, kind):
+    inputs = random_inputs(side=side, mel_frames=230, frames=2 if kind == "image" else 6, kind=kind)
+    theirs, ours = (Encoder(thinker, torch.device("cpu"))(inputs)
+                    for thinker in (tiny_thinker(), use_hov2_attention(tiny_thinker())))
+    for expected, found in ((theirs.visual, ours.visual), (theirs.audio, ours.audio)):
+        assert expected.abs().max() > 0.01
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+def test_attention_of_our_own_equals_transformers_in_values_and_gradients():
+    prompt, results = None, []
+    for thinker in (tiny_thinker(), use_hov2_attention(tiny_thinker())):
+        prompt = Encoder(thinker, torch.device("cpu"))(random_inputs())
+        embeds = embed(thinker, prompt.ids, prompt.visual, prompt.audio)[None]
+        positions = prompt.position_ids[:, None]
+        if results:
+            hidden = decode(thinker, embeds, positions, lambda _, q, k, v, scale: causal_attention(q, k, v, scale))
+        else:
+            hidden = decoder_of(thinker)(inputs_embeds=embeds, position_ids=positions).last_hidden_state
+        hidden.square().sum().backward()
+        gradients = {name: p.grad for name, p in decoder_of(thinker).named_parameters()}
+        results.append((hidden.detach(), gradients))
+    (expected, expected_gradients), (found, gradients) = results
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
+    assert gradients.keys() == expected_gradients.keys()
+    largest = max(gradient.abs().max() for gradient in expected_gradients.values())
+    for name, gradient in expected_gradients.items():
+        torch.testing.assert_close(gradients[name], gradient, atol=float(largest) * 1e-5, rtol=0)

@@ -200,3 +200,26 @@ def test_what_is_sampled_in_bfloat16_is_what_is_trained(decoding):
     with torch.no_grad():
         logps = group_logps(thinker, [prompt], [rollout.completion_ids], 0.9)[0][0]
     assert 1e-5 < sampling_kl(logps, rollout.sampling_logps, rollout.completion_mask) < 1e-2
+
+
+def test_where_no_graph_can_be_captured_decoding_says_so_once_and_goes_on(monkeypatch, capsys):
+    monkeypatch.setattr(rollouts, "_no_graph", [])
+    thinker = peaked_thinker()
+    prompts = random_prompts(thinker, 2)
+    expected = generate(thinker, prompts, 3, settings(thinker), generators(2))
+    for _ in range(2):
+        same = generate(thinker, prompts, 3, settings(thinker, decoding="graph"), generators(2))
+        assert [r.completion_ids.tolist() for r in same] == [r.completion_ids.tolist() for r in expected]
+    assert capsys.readouterr().out.count("decoding goes on without a CUDA graph, slower: ") == 1
+
+
+@pytest.mark.parametrize("alive, worth, expected", [
+    ([[1, 1], [1, 1]], 1.0, None),  # nobody has ended
+    ([[0, 1], [1, 1]], 1.0, None),  # the second prompt still needs two rows
+    ([[0, 1], [1, 0]], 1.0, {0: [1], 1: [0]}),
+    ([[0, 1], [0, 0]], 1.0, {0: [1]}),  # a prompt leaves
+    ([[0, 0, 1], [1, 1, 0]], 1.0, {0: [0, 2], 1: [0, 1]}),  # one that has ended stays beside one that hasn't
+    ([[0, 0, 1], [1, 1, 0]], 0.6, None),  # two thirds of the rows would stay: not worth a new graph
+    ([[0, 0, 1], [1, 1, 0]], 0.75, {0: [0, 2], 1: [0, 1]})])
+def test_rows_leave_when_it_is_worth_it(alive, worth, expected):
+    assert rollouts._rows_to_keep(alive, worth) == expected
