@@ -5,7 +5,7 @@ N prompts with G completions each are decoded as one batch of N x G rows. Attent
 completions don't depend on what is decoded beside it.
 
 On the CPU a step costs what it computes: rows that have ended leave, and attention reads the tokens that there are. On
-CUDA a step costs mostly the launching of some 1,500 small kernels, so there it has fixed shapes and is captured as a
+CUDA a step would cost mostly the launching of some 800 small kernels, so there it has fixed shapes and is captured as a
 CUDA graph, which launches all of them at once. Both are the same code with other lengths.
 """
 
