@@ -15,14 +15,23 @@ import sys
 from pathlib import Path
 
 from hov2 import distributed, toy
-from hov2.benchmarks import columns, read_benchmark, render
 from hov2.config import ConfigError, EvalConfig
-from hov2.data import DataError, read_samples
-from hov2.evaluation import Evaluator, Journal
+from hov2.data.formats import DataError
+from hov2.data.samples import read_samples
+from hov2.engine.setup import command, print0, start
+from hov2.evaluation.benchmarks import columns, read_benchmark, render
+from hov2.evaluation.evaluator import Evaluator, Journal
+from hov2.evaluation.results import (
+    format_comparison,
+    format_filter,
+    format_protocol,
+    format_summary,
+    interval,
+    keep,
+    share_right,
+)
+from hov2.model.weights import source_folder
 from hov2.prompts import PromptsError
-from hov2.results import format_comparison, format_filter, format_protocol, format_summary, interval, keep, share_right
-from hov2.setup import command, say, start
-from hov2.weights import source_folder
 
 
 def main(config):
@@ -38,7 +47,7 @@ def main(config):
     evaluator = Evaluator(run, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size,
                           num_samples=config.num_samples, temperature=config.temperature, top_k=config.top_k,
                           top_p=config.top_p, training_rewards=config.filter is not None)
-    say(evaluator.scorer.note(samples))
+    print0(evaluator.scorer.note(samples))
     protocol = protocol_of(config, words, device)
     journal = Journal(config.output_dir, protocol | {"weights": weights_of(config.model)}, samples, config.resume)
     summary, records = evaluator.evaluate(samples, journal)
@@ -97,9 +106,9 @@ def report(config, protocol, samples, summary, records):
         parts.append(render(config.benchmark, records, interval))
     parts += [f"not asked: {record['id']}: {record['error']}" for record in records if record["error"]]
     parts += [format_filter(records, config.filter)] if config.filter else []
-    distributed.write_whole(folder / "predictions.jsonl", "".join(json.dumps(record) + "\n" for record in records))
-    distributed.write_whole(folder / "results.json", json.dumps({"protocol": protocol, **summary}, indent=2) + "\n")
-    distributed.write_whole(folder / "results.txt", "\n\n".join(parts) + "\n")
+    distributed.atomic_write(folder / "predictions.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+    distributed.atomic_write(folder / "results.json", json.dumps({"protocol": protocol, **summary}, indent=2) + "\n")
+    distributed.atomic_write(folder / "results.txt", "\n\n".join(parts) + "\n")
     print("\n\n".join(parts), flush=True)
     if config.filter:
         left = write_filtered(config.filter, samples, records)
@@ -117,7 +126,7 @@ def write_filtered(rule, samples, records):
         raise DataError(f"filter: no question has a share of right answers between {rule.min_share} and "
                         f"{rule.max_share}; nothing is left for the next stage")
     Path(rule.output).parent.mkdir(parents=True, exist_ok=True)
-    distributed.write_whole(rule.output, "".join(json.dumps(line) + "\n" for line in lines))
+    distributed.atomic_write(rule.output, "".join(json.dumps(line) + "\n" for line in lines))
     return len(lines)
 
 

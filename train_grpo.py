@@ -25,11 +25,16 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from hov2 import distributed, optim, toy
-from hov2.checkpoint import Checkpoints
+from hov2 import distributed, toy
 from hov2.config import GRPOConfig
-from hov2.data import PromptOrder, Sample, StepLoader, read_samples
-from hov2.evaluation import HeldOut
+from hov2.data.loader import PromptOrder, StepLoader
+from hov2.data.samples import Sample, read_samples
+from hov2.engine import optim
+from hov2.engine.checkpoint import Checkpoints
+from hov2.engine.guard import Guard, heartbeat
+from hov2.engine.log import MetricsLog, RolloutDump, Timer, traced
+from hov2.engine.setup import command, print0, report_derived, start
+from hov2.evaluation.evaluator import HeldOut
 from hov2.grpo import (
     apply_gate,
     credit,
@@ -41,15 +46,14 @@ from hov2.grpo import (
     sampling_kl,
     token_terms,
 )
-from hov2.guard import Guard
-from hov2.log import MetricsLog, RolloutDump, Timer, traced
-from hov2.model import Prompt, adapters_off, load_reference, set_training
-from hov2.prefix import group_logps
-from hov2.rollout import Rollout, generate, make_generator, sampling_for
+from hov2.model.encoder import Prompt
+from hov2.model.lora import adapters_off
+from hov2.model.prefix import group_logps
+from hov2.model.rollout import Rollout, generate, make_generator, sampling_for
+from hov2.model.thinker import load_reference, set_training
+from hov2.model.weights import export
 from hov2.scoring import Scorer
-from hov2.setup import command, report_derived, say, start
 from hov2.spans import completion_texts, completion_tokens, find_block, span_masks, text_offsets
-from hov2.weights import export
 
 
 @dataclass
@@ -100,9 +104,9 @@ def main(config):
     first = checkpoints.resume()
     log = MetricsLog(config.output_dir, distributed.rank(), config.report_to, steps, first)
     dump = RolloutDump(config.output_dir, distributed.rank(), first)
-    scorer, timer, means = Scorer(run.judge, config.format), Timer(), distributed.Means()
+    scorer, timer, means = Scorer(run.judge, config.format, heartbeat=heartbeat), Timer(), distributed.Means()
     guard = Guard(config, first, log.history)
-    say(scorer.note(samples))
+    print0(scorer.note(samples))
     sampling = sampling_for(run.tokenizer, policy.thinker.config, max_completion_length=config.max_completion_length,
                             temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
                             stop_at_answer=config.stop_at_answer, logps=1)
@@ -138,7 +142,7 @@ def main(config):
 
         # --- 5. Rewards: (groups, G) for each name, NaN where missing -------------------------------------------------
         with timer("judge"):
-            scorer.settle([score for of_group in pending for scores in of_group.values() for score in scores])
+            scorer.wait_for_scores([score for of_group in pending for scores in of_group.values() for score in scores])
             for group, of_group in zip(groups, pending):
                 group.scores = {name: [score.result() for score in scores] for name, scores in of_group.items()}
         rewards = {name: torch.tensor([[score.number for score in group.scores[name]] for group in groups])
@@ -205,7 +209,7 @@ def main(config):
             break
     else:
         export(policy, f"{config.output_dir}/model", config.model, distributed.compute_dtype(config.dtype, device))
-        say(f"model: {config.output_dir}/model")
+        print0(f"model: {config.output_dir}/model")
     checkpoints.close()
     loader.close()
     log.close()

@@ -10,17 +10,20 @@ batches together: one global count, so that the result doesn't depend on how the
 
 import torch
 
-from hov2 import distributed, optim, toy
-from hov2.checkpoint import Checkpoints
+from hov2 import distributed, toy
 from hov2.config import SFTConfig
-from hov2.data import PromptOrder, StepLoader, encode_solution, read_samples
-from hov2.evaluation import HeldOut
-from hov2.guard import Guard
-from hov2.log import MetricsLog, Timer, traced
-from hov2.model import set_training
-from hov2.prefix import conversation_logps, group_logps
-from hov2.setup import command, report_derived, say, start
-from hov2.weights import export
+from hov2.data.inputs import encode_solution
+from hov2.data.loader import PromptOrder, StepLoader
+from hov2.data.samples import read_samples
+from hov2.engine import optim
+from hov2.engine.checkpoint import Checkpoints
+from hov2.engine.guard import Guard
+from hov2.engine.log import MetricsLog, Timer, traced
+from hov2.engine.setup import command, print0, report_derived, start
+from hov2.evaluation.evaluator import HeldOut
+from hov2.model.prefix import conversation_logps, group_logps
+from hov2.model.thinker import set_training
+from hov2.model.weights import export
 
 
 def main(config):
@@ -81,7 +84,7 @@ def main(config):
             break
     else:
         export(policy, f"{config.output_dir}/model", config.model, distributed.compute_dtype(config.dtype, device))
-        say(f"model: {config.output_dir}/model")
+        print0(f"model: {config.output_dir}/model")
     checkpoints.close()
     loader.close()
     log.close()

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
-from hov2.model import decoder_of, media_model_of
+from hov2.model.versions import decoder_of, media_model_of
 
 WAYS = ("released", "batched", "hov2")
 TERA = 1e12

@@ -27,23 +27,17 @@ from grpo_step import Batched, Released
 from thinker import NAMES, random_completions, random_inputs, random_thinker
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
 
-from hov2 import distributed, plan
+from hov2 import distributed
 from hov2.config import GRPOConfig, LoRAConfig
+from hov2.engine.optim import make_optimizer, update
 from hov2.grpo import grpo_loss, sampling_kl
-from hov2.model import (
-    Encoder,
-    LoRALinear,
-    Policy,
-    Prompt,
-    adapters_off,
-    add_lora,
-    set_training,
-    tower_parameters,
-    use_own_parts,
-)
-from hov2.optim import make_optimizer, update
-from hov2.prefix import group_logps
-from hov2.rollout import Sampling, generate, make_generator
+from hov2.model.attention import use_own_parts
+from hov2.model.encoder import Encoder, Prompt
+from hov2.model.lora import LoRALinear, adapters_off, add_lora
+from hov2.model.prefix import group_logps
+from hov2.model.rollout import Sampling, generate, make_generator
+from hov2.model.thinker import Policy, set_training, tower_parameters
+from hov2.tools import plan
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -217,7 +211,7 @@ def part_decoding(asked, device):
                 figures[decoding] = decode_rate(policy, device, sizes, prompts, tokens, decoding)
                 print(named, decoding, f"{figures[decoding]:.0f} tokens/s", flush=True)
             if not lora:
-                with patch("hov2.rollout.stacked_projections", lambda *_: nullcontext()):
+                with patch("hov2.model.rollout.stacked_projections", lambda *_: nullcontext()):
                     figures["apart"] = decode_rate(policy, device, sizes, prompts, sizes.decode_tokens, "graph")
             found[named] = figures | {"rows": rows}
         del policy

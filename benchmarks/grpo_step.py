@@ -26,18 +26,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from hov2 import distributed
+from hov2.engine.optim import clip_gradients
 from hov2.grpo import grpo_loss
-from hov2.model import (
-    Encoder,
-    Policy,
-    checkpoint_activations,
-    decoder_of,
-    media_model_of,
-    tower_parameters,
-)
-from hov2.optim import clip_gradients
-from hov2.prefix import group_logps
-from hov2.rollout import generate, make_generator
+from hov2.model.encoder import Encoder
+from hov2.model.prefix import group_logps
+from hov2.model.rollout import generate, make_generator
+from hov2.model.thinker import Policy, tower_parameters
+from hov2.model.versions import checkpoint_activations, decoder_of, media_model_of
 
 PHASES = ("towers", "prefill", "decode", "reference", "old", "forward", "backward")
 BETA = 0.04

@@ -17,9 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hov2 import plan, rollout
 from hov2.config import LoRAConfig
-from hov2.model import Prompt, add_lora, decoder_of, stacked_projections
+from hov2.model import rollout
+from hov2.model.attention import stacked_projections
+from hov2.model.encoder import Prompt
+from hov2.model.lora import add_lora
+from hov2.model.versions import decoder_of
+from hov2.tools import plan
 
 # operations that only describe memory anew, or take some
 NO_KERNEL = {

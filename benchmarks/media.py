@@ -27,8 +27,8 @@ import kit
 import numpy as np
 import torch
 
-from hov2.media import read_media
-from hov2.media_cache import MediaCache
+from hov2.data.media import read_media
+from hov2.data.media_cache import MediaCache
 
 FPS, MAX_FRAMES, MIN_PIXELS, MAX_PIXELS = 2.0, 32, 4 * 28 * 28, 128 * 28 * 28
 PEERS = ("torchcodec", "decord")

@@ -3,7 +3,7 @@
     python benchmarks/rollout.py                      4 prompts of different lengths x 8 completions, two vocabularies
     python benchmarks/rollout.py --vocab 2048 --json FILE
 
-Both are `hov2.rollout.generate`, once with all prompts and once with one at a time. The towers' work is done before: it
+Both are `hov2.model.rollout.generate`, once with all prompts and once with one at a time. The towers' work is done before: it
 is the same. Then the tokens of both are compared, sampled (each prompt has its own generator) and greedy.
 """
 
@@ -13,8 +13,9 @@ import kit
 import torch
 from thinker import random_inputs, random_thinker, sampling_for, use_hov2_attention
 
-from hov2.model import Encoder, decoder_of
-from hov2.rollout import generate, make_generator
+from hov2.model.encoder import Encoder
+from hov2.model.rollout import generate, make_generator
+from hov2.model.versions import decoder_of
 
 WAYS = ("one by one", "together")
 

@@ -19,9 +19,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from hov2.grpo import grpo_loss
-from hov2.model import Encoder, checkpoint_activations
-from hov2.prefix import group_logps
-from hov2.rollout import generate, make_generator
+from hov2.model.encoder import Encoder
+from hov2.model.prefix import group_logps
+from hov2.model.rollout import generate, make_generator
+from hov2.model.versions import checkpoint_activations
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ import kit  # noqa: F401, first: it makes hov2 importable
 import torch
 from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
-from hov2.model import media_model_of, use_own_parts
-from hov2.rollout import Sampling
+from hov2.model.attention import use_own_parts
+from hov2.model.rollout import Sampling
+from hov2.model.versions import media_model_of
 
 NAMES = ("image", "audio", "video", "vision_bos", "vision_eos", "audio_bos", "audio_eos")
 

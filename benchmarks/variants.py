@@ -13,10 +13,11 @@ import kit
 import torch
 from thinker import random_completions, random_inputs, random_thinker, use_hov2_attention
 
+from hov2.engine.optim import clip_gradients
 from hov2.grpo import grpo_loss
-from hov2.model import Encoder, checkpoint_activations
-from hov2.optim import clip_gradients
-from hov2.prefix import group_logps
+from hov2.model.encoder import Encoder
+from hov2.model.prefix import group_logps
+from hov2.model.versions import checkpoint_activations
 
 
 @dataclass(frozen=True)

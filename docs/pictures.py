@@ -1,6 +1,6 @@
 """python docs/pictures.py runs/toy/stage2: makes the README's pictures, docs/reward.svg and docs/tokens.png, of a run.
 
-Both are taken from the run's report (hov2.report) as headless Chromium shows it: the reward's chart as an SVG of its
+Both are taken from the run's report (hov2.tools.report) as headless Chromium shows it: the reward's chart as an SVG of its
 own, in colours that can be read on white and on black, and the rollouts' view of the group in which the rewards differ
 most. Needs requirements-dev.txt and Debian's chromium and chromium-driver.
 """
@@ -22,7 +22,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from hov2.report import make_report
+from hov2.tools.report import make_report
 
 STYLE = """<style>
 text { fill: #848d97; font: 10.5px system-ui, sans-serif; text-anchor: end; }

@@ -91,13 +91,13 @@ def rank_zero_first():
             barrier()
 
 
-def say(text):
+def print0(text):
     """Prints on rank 0; nothing for an empty text."""
     if text and rank() == 0:
         print(text, flush=True)
 
 
-def write_whole(path, text):
+def atomic_write(path, text):
     """Writes a file that is there as a whole or not at all, even if several processes write it at a time."""
     part = Path(f"{path}.{uuid.uuid4().hex}.unfinished")
     part.write_text(text, encoding="utf-8")

@@ -26,7 +26,7 @@ from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from hov2.distributed import say, write_whole
+from hov2.distributed import atomic_write, print0
 from hov2.rewards import block_text, set_f1
 
 FAULTS = ("timeout", "refused", "reset", "connection", "broken_off", "http_429", "http_5xx", "http_other",
@@ -120,10 +120,10 @@ class _Server:
         with self._lock:
             before, self.failures, self.last = self.failures, self.failures + 1 if fault else 0, fault
             if self.failures == limit:
-                say(f"judge {self.url}: {limit} failures in a row, the last: {fault}; left alone, but for one try in "
+                print0(f"judge {self.url}: {limit} failures in a row, the last: {fault}; left alone, but for one try in "
                     f"{self.config.breaker_seconds:g} s")
             elif not fault and before >= limit:
-                say(f"judge {self.url}: answers again")
+                print0(f"judge {self.url}: answers again")
 
     def post(self, body):
         """The text of the chat completion that `body` asks for, else _Fault. `config.timeout` counts for all of it."""
@@ -178,7 +178,7 @@ class Judge:
             return JudgeReply(score)
         reply = self._ask(messages, maximum)
         if path and reply.score is not None:
-            write_whole(path, json.dumps({"score": reply.score}))
+            atomic_write(path, json.dumps({"score": reply.score}))
         self._replies.append(reply)
         return reply
 

@@ -9,8 +9,7 @@ from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
-from hov2.distributed import gather_objects, rank, say, world_size
-from hov2.guard import beat
+from hov2.distributed import gather_objects, print0, rank, world_size
 from hov2.judge import FAULTS, AccuracyJudge, JudgeError, JudgeReply
 from hov2.rewards import accuracy_reward, format_reward
 
@@ -46,10 +45,13 @@ class Pending:
 
 
 class Scorer:
-    """Scores completions. Without a judge, free-form answers and emotion words are scored by rule."""
+    """Scores completions. Without a judge, free-form answers and emotion words are scored by rule.
 
-    def __init__(self, judge=None, format_rule="strict", evaluation=False):
-        self.judge, self.format_rule, self.evaluation = judge, format_rule, evaluation
+    `heartbeat("judge")` is called every few seconds of a wait that is meant, for whoever watches over ranks that hang.
+    """
+
+    def __init__(self, judge=None, format_rule="strict", evaluation=False, heartbeat=lambda phase: None):
+        self.judge, self.format_rule, self.evaluation, self.heartbeat = judge, format_rule, evaluation, heartbeat
         # each thread waits for one reply of the judge at a time
         self._pool = ThreadPoolExecutor(judge.config.concurrency if judge else 1, thread_name_prefix="score")
         self._window = deque(maxlen=judge.config.missing_window if judge else 1)  # of a step: why each is missing
@@ -61,7 +63,7 @@ class Scorer:
         """
         return Pending(lambda: self._pool.submit(self._score, name, text, sample))
 
-    def settle(self, scores, together=True):
+    def wait_for_scores(self, scores, together=True):
         """Waits for a step's `scores` (Pending) of all ranks, then acts by `on_judge_down` if too many are missing.
 
         The share is that of the last `missing_window` steps and of all ranks. "continue": goes on without them. "wait":
@@ -111,18 +113,18 @@ class Scorer:
         """Waits for the futures of all ranks. Every few seconds these show each other that they are there: the process
         group's timeout and the watch are for ranks that are lost, not for a wait that is meant."""
         while any(gather(bool(wait(futures, HEARTBEAT).not_done))):
-            beat("judge")
+            self.heartbeat("judge")
 
     def _wait_for_judge(self, asks, gather, why):
         """Returns once the judge answers the rank that `asks`."""
-        say(f"waiting for the judge: {why}")
+        print0(f"waiting for the judge: {why}")
         probes = []
         while not any(gather(any(probe.result().error is None for probe in probes))):
             time.sleep(HEARTBEAT)
-            beat("judge")
+            self.heartbeat("judge")
             probes = [self._pool.submit(self.judge.probe)] if asks else []
             self._wait(probes, gather)
-        say("the judge is back: asking again for what is missing")
+        print0("the judge is back: asking again for what is missing")
         self.judge.forgive()
 
     def _score(self, name, text, sample):

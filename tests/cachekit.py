@@ -4,9 +4,9 @@ import warnings
 
 import torch
 
-from hov2 import media_cache
-from hov2.media import read_media
-from hov2.media_cache import MediaCache
+from hov2.data import media_cache
+from hov2.data.media import read_media
+from hov2.data.media_cache import MediaCache
 
 SMALL = {"fps": 4.0, "max_frames": 8, "min_pixels": 56 * 56, "max_pixels": 56 * 56}
 

@@ -13,9 +13,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_runs
 
 import train_grpo
-from hov2 import distributed, setup
+from hov2 import distributed
 from hov2.config import GRPOConfig, load_config
-from hov2.log import Timer
+from hov2.engine import setup
+from hov2.engine.log import Timer
 
 
 class Announced(Timer):

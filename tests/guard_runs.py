@@ -19,9 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from hov2 import distributed, guard
+from hov2 import distributed
 from hov2.config import GRPOConfig, SFTConfig, load_config
-from hov2.log import Timer
+from hov2.engine import guard
+from hov2.engine.log import Timer
 
 
 def loop(config):
@@ -69,7 +70,7 @@ def train(config, sft, grpo):
 
     import train_grpo
     import train_sft
-    from hov2 import setup
+    from hov2.engine import setup
 
     distributed.setup, distributed.cleanup = lambda _: torch.device("cpu"), lambda: None
     train_grpo.Scorer, train_grpo.optim.update = HashScorer, checked(train_grpo.optim.update)
@@ -130,7 +131,7 @@ if __name__ == "__main__":
     if mode == "loop":
         loop(load_config(SFTConfig, config))
     else:
-        from hov2.setup import command
+        from hov2.engine.setup import command
 
         sys.argv[1:] = [config]
         command(lambda config: fail(config) if mode == "fail" else train(config, *paths), SFTConfig, default=None)

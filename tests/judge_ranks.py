@@ -39,14 +39,13 @@ def three_steps(rank, url, on_judge_down):
     """What three steps of scores bring this rank; rank 1 asks for twice as many."""
     beats, found = [], {"scores": [], "error": None}
     config = JudgeConfig(url=url, on_judge_down=on_judge_down, max_retries=1, breaker_failures=4)
-    scorer = scoring.Scorer(Judge(config, load_prompts(), first_delay=0.01))
-    scoring.beat = beats.append
+    scorer = scoring.Scorer(Judge(config, load_prompts(), first_delay=0.01), heartbeat=beats.append)
     try:
         for step in range(3):
             texts = [f"<context>A smile.</context><think>The smile: thanks. {rank} {step} {i}</think>"
                      for i in range(4 + 4 * rank)]
             scores = [scorer.submit("logic", text, None) for text in texts]
-            scorer.settle(scores)
+            scorer.wait_for_scores(scores)
             found["scores"].append([score.result().value for score in scores])
     except JudgeError as error:
         found["error"] = str(error)

@@ -18,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hov2.media import MAX_AUDIO_SECONDS, MediaError, read_media
+from hov2.data.media import MAX_AUDIO_SECONDS, MediaError, read_media
 
 SECONDS = 10
 KINDS = ("flips", "cut", "zeros", "flips in the header", "zeros in the header")

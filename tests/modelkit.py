@@ -5,7 +5,10 @@ from types import SimpleNamespace
 import torch
 from helpers import tiny_tokenizer
 
-from hov2.model import Encoder, Policy, media_model_of, use_own_parts
+from hov2.model.attention import use_own_parts
+from hov2.model.encoder import Encoder
+from hov2.model.thinker import Policy
+from hov2.model.versions import media_model_of
 
 
 def use_hov2_attention(thinker):

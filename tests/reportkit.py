@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import torch
 
-from hov2.data import Sample
+from hov2.data.samples import Sample
+from hov2.evaluation.results import format_summary, summarize
 from hov2.grpo import credit, reward_advantages
-from hov2.results import format_summary, summarize
-from hov2.rollout import Rollout
+from hov2.model.rollout import Rollout
 from hov2.scoring import Score
 from hov2.spans import token_bytes_of
 from tests.helpers import tiny_tokenizer

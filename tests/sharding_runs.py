@@ -23,11 +23,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from hov2 import distributed
 from hov2.config import GRPOConfig, LoRAConfig
-from hov2.model import adapters_off, load_policy, load_reference, set_training
-from hov2.optim import make_optimizer, update
-from hov2.prefix import group_logps
-from hov2.rollout import Sampling, generate, make_generator
-from hov2.weights import export, whole
+from hov2.engine.optim import make_optimizer, update
+from hov2.model.lora import adapters_off
+from hov2.model.prefix import group_logps
+from hov2.model.rollout import Sampling, generate, make_generator
+from hov2.model.thinker import load_policy, load_reference, set_training
+from hov2.model.weights import export, whole
 
 OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 UPDATES = 3

@@ -12,13 +12,15 @@ import pytest
 import torch
 from helpers import synth_clip, tiny_thinker, tiny_tokenizer
 
-from hov2 import ask
 from hov2.config import MediaConfig
-from hov2.data import DataError, InputMaker
-from hov2.model import Encoder, load_thinker
+from hov2.data.formats import DataError
+from hov2.data.inputs import InputMaker
+from hov2.model.encoder import Encoder
+from hov2.model.rollout import Rollout, generate, sampling_for
+from hov2.model.thinker import load_thinker
 from hov2.prompts import load_prompts
-from hov2.rollout import Rollout, generate, sampling_for
 from hov2.spans import completion_texts, completion_tokens
+from hov2.tools import ask
 
 ROOT = Path(__file__).parent.parent
 QUESTION = "What does she intend?"
@@ -197,7 +199,7 @@ def test_from_the_command_line(lab):
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
 
     def run(clip):
-        return subprocess.run([sys.executable, "-m", "hov2.ask", str(lab / "model"), str(lab / clip), QUESTION,
+        return subprocess.run([sys.executable, "-m", "hov2.tools.ask", str(lab / "model"), str(lab / clip), QUESTION,
                                "--max-new-tokens", "24"], cwd=ROOT, env=environment, capture_output=True, timeout=120,
                               check=False)
 

@@ -23,8 +23,10 @@ import scaling
 import variants
 from thinker import random_completions, sampling_for
 
-from hov2 import plan
-from hov2.model import Encoder, Policy, decoder_of
+from hov2.model.encoder import Encoder
+from hov2.model.thinker import Policy
+from hov2.model.versions import decoder_of
+from hov2.tools import plan
 
 TINY = ["--video-tokens", "128", "--audio-tokens", "10", "--text-tokens", "12", "--completion-tokens", "6",
         "--generations", "3", "--layers", "2", "--hidden", "128", "--repeats", "1"]

@@ -6,8 +6,12 @@ import re
 
 import pytest
 
-from hov2 import benchmarks, toy
-from hov2.benchmarks import (
+from hov2 import toy
+from hov2.config import EvalConfig, load_config
+from hov2.data.formats import DataError
+from hov2.data.media import read_media
+from hov2.evaluation import benchmarks
+from hov2.evaluation.benchmarks import (
     PUBLISHED,
     columns,
     groups,
@@ -17,9 +21,6 @@ from hov2.benchmarks import (
     render,
     strict_letter,
 )
-from hov2.config import EvalConfig, load_config
-from hov2.data import DataError
-from hov2.media import read_media
 
 INTENT = {"problem": "Why does he laugh?", "problem_type": "multiple choice", "options": ["A.joy", "B.spite"],
           "solution": "<answer>B</answer>", "answer": "B", "data_type": "video", "video": "a_trimmed-out.mp4",

@@ -1,4 +1,4 @@
-"""`python -m hov2.data`: what it finds in small data sets with known faults."""
+"""`python -m hov2.tools.check_data`: what it finds in small data sets with known faults."""
 
 import json
 import os
@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from helpers import synth_clip, tiny_tokenizer
 
-from hov2 import check
 from hov2.config import ConfigError, EvalConfig, GRPOConfig, SFTConfig, read_config
+from hov2.tools import check_data as check
 
 ROOT = Path(__file__).parent.parent
 FULL = "<context>c</context><think>t</think><answer>A</answer>"
@@ -216,7 +216,7 @@ def test_command_with_several_processes(tmp_path, clips):
     names = ["sound.mp4", "silent.mp4", "still.png", "broken.mp4"]
     path = config(tmp_path, "sft", [record(clips / name) for name in names], model=str(clips / "model"),
                   max_prompt_length=2000)
-    command = [sys.executable, "-m", "hov2.data", path, "--workers", "2", "--bad", str(tmp_path / "bad.jsonl")]
+    command = [sys.executable, "-m", "hov2.tools.check_data", path, "--workers", "2", "--bad", str(tmp_path / "bad.jsonl")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 1, result.stderr
     assert "broken.mp4: not a media file" in result.stdout and "1 video with sound" in result.stdout

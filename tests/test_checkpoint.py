@@ -10,8 +10,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from hov2 import distributed
-from hov2.checkpoint import CheckpointError, Checkpoints, finished_checkpoints, set_aside, surplus
 from hov2.config import SFTConfig
+from hov2.engine.checkpoint import CheckpointError, Checkpoints, finished_checkpoints, set_aside, surplus
 
 
 def test_an_earlier_run_is_set_aside(tmp_path):

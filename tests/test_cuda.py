@@ -8,12 +8,14 @@ from helpers import tiny_thinker, tiny_tokenizer
 from modelkit import random_completions, random_inputs, separate_logps, use_hov2_attention
 
 from hov2 import distributed
-from hov2 import rollout as rollouts
 from hov2.config import ConfigError, LoRAConfig
 from hov2.grpo import sampling_kl
-from hov2.model import Encoder, Policy, add_lora, tower_parameters
-from hov2.prefix import group_logps
-from hov2.rollout import generate, make_generator, sampling_for
+from hov2.model import rollout as rollouts
+from hov2.model.encoder import Encoder
+from hov2.model.lora import add_lora
+from hov2.model.prefix import group_logps
+from hov2.model.rollout import generate, make_generator, sampling_for
+from hov2.model.thinker import Policy, tower_parameters
 
 pytestmark = pytest.mark.cuda
 CUDA = torch.device("cuda", 0)

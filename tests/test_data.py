@@ -17,20 +17,14 @@ import torch
 from helpers import synth_clip, tiny_thinker, tiny_tokenizer
 from transformers.models.qwen2_5_omni.processing_qwen2_5_omni import Qwen2_5OmniProcessor
 
-from hov2 import data
 from hov2.config import MediaConfig, Source
-from hov2.data import (
-    DataError,
-    InputMaker,
-    MediaShape,
-    PromptOrder,
-    Sample,
-    SkipSample,
-    StepLoader,
-    read_samples,
-)
-from hov2.media import MediaError
-from hov2.model import media_model_of
+from hov2.data import inputs as inputs_module
+from hov2.data.formats import DataError
+from hov2.data.inputs import InputMaker, MediaShape, encode_solution, interleave
+from hov2.data.loader import PromptOrder, StepLoader
+from hov2.data.media import MediaError
+from hov2.data.samples import Sample, SkipSample, read_samples, take_slice
+from hov2.model.versions import media_model_of
 from hov2.prompts import load_prompts
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -138,7 +132,7 @@ def test_bad_files(tmp_path):
 
 def test_slices():
     items = list(range(7))
-    cut = data.take_slice
+    cut = take_slice
     assert cut(items, "all") == items
     assert cut(items, "first:50%") == [0, 1, 2] and cut(items, "last:50%") == [4, 5, 6]  # 3.5 rounds down at both ends
     assert cut(items, "first:2") == [0, 1] and cut(items, "last:2") == [5, 6] and cut(items, "last:0") == []
@@ -155,7 +149,7 @@ def test_slices():
 @pytest.mark.parametrize("text", ["", "half", "first", "first:", "first:-1", "end:50%", "first:101%", "first:1.5"])
 def test_bad_slices(text):
     with pytest.raises(DataError, match="slice"):
-        data.take_slice([1], text)
+        take_slice([1], text)
 
 
 def test_sources_are_cut_one_by_one(tmp_path):
@@ -260,7 +254,7 @@ def test_interleaved_layout(grids, tokens_a_grid, second_per_grid, audio_tokens,
     shape = MediaShape("video", grid, second_per_grid, mel_frames=4 * audio_tokens, interleaved=True)
     assert shape.audio_tokens == audio_tokens and shape.visual_tokens == grids * tokens_a_grid
     runs = [(letter == "v", int(number)) for letter, number in ((word[0], word[1:]) for word in expected.split())]
-    assert data.interleave(shape, 1, 0) == [int(video) for video, count in runs for _ in range(count)]
+    assert interleave(shape, 1, 0) == [int(video) for video, count in runs for _ in range(count)]
 
 
 @pytest.mark.skipif(not hasattr(Qwen2_5OmniProcessor, "replace_video_with_audio_token"),
@@ -275,7 +269,7 @@ def test_interleaved_layout_equals_the_processors(second_per_grid):
         processor, {"video_grid_thw": grid.numpy(), "video_second_per_grid": [second_per_grid]}, 0,
         {"num_audio_tokens": [260]}, 0, position_id_per_seconds=25, seconds_per_chunk=2.0)
     shape = MediaShape("video", grid, second_per_grid, mel_frames=1040, interleaved=True)
-    assert "".join(data.interleave(shape, "v", "a")) == text and text.count("v") == 54
+    assert "".join(interleave(shape, "v", "a")) == text and text.count("v") == 54
 
 
 def test_interleaved_prompt_fits_the_models_positions(clips):
@@ -302,7 +296,7 @@ def test_interleaved_prompt_fits_the_models_positions(clips):
 def test_known_media_are_not_read_again(clips, monkeypatch):
     sample = sample_of({"video": clips["video"]})
     first = inputs_of(sample, known={})
-    monkeypatch.setattr(data, "read_media", lambda *args, **kwargs: pytest.fail("read again"))
+    monkeypatch.setattr(inputs_module, "read_media", lambda *args, **kwargs: pytest.fail("read again"))
     again = inputs_of(sample, known={first.media_key: first.shape})
     assert torch.equal(again.prompt_ids, first.prompt_ids) and again.shape is first.shape
     assert again.pixel_values is None and again.mel is None and hash(again.media_key) == hash(first.media_key)
@@ -334,7 +328,7 @@ def test_control_tokens_in_text_name_the_sample():
 def test_solution_tokens_decode_to_exactly_the_solution():
     tokenizer = tiny_tokenizer()
     for text in ("<context>A.</context><think>so , it 's  é 你</think>\n<answer>B</answer>", "  padded \n\n"):
-        ids = data.encode_solution(sample_of({}, solution=text), tokenizer)
+        ids = encode_solution(sample_of({}, solution=text), tokenizer)
         assert ids[-1] == IM_END and IM_END not in ids[:-1] and tokenizer.decode(ids[:-1]) == text
 
 

@@ -18,12 +18,16 @@ from judge_faults import FaultyJudge
 from modelkit import policy_of
 
 import evaluate
-from hov2 import evaluation, scoring, toy
+from hov2 import scoring, toy
 from hov2.config import ConfigError, EvalConfig, FilterConfig, JudgeConfig, MediaConfig, Source, load_config
-from hov2.data import DataError, InputMaker, Sample, read_samples
-from hov2.evaluation import Evaluator, Journal, longest_first
+from hov2.data.formats import DataError
+from hov2.data.inputs import InputMaker
+from hov2.data.samples import Sample, read_samples
+from hov2.evaluation import evaluator as evaluation
+from hov2.evaluation.evaluator import Evaluator, Journal, longest_first
 from hov2.judge import Judge
-from hov2.model import Encoder, load_tokenizer
+from hov2.model.encoder import Encoder
+from hov2.model.thinker import load_tokenizer
 from hov2.prompts import PromptsError, load_prompts
 
 ROOT = Path(__file__).resolve().parent.parent

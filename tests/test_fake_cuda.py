@@ -9,12 +9,14 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
-from hov2 import plan
-from hov2 import rollout as rollouts
 from hov2.config import LoRAConfig
 from hov2.grpo import grpo_loss, sampling_kl
-from hov2.model import Prompt, add_lora, checkpoint_activations
-from hov2.prefix import group_logps
+from hov2.model import rollout as rollouts
+from hov2.model.encoder import Prompt
+from hov2.model.lora import add_lora
+from hov2.model.prefix import group_logps
+from hov2.model.versions import checkpoint_activations
+from hov2.tools import plan
 
 pytestmark = [
     pytest.mark.slow,
@@ -42,7 +44,7 @@ def flash_attention(query, key, value, attn_mask=None, is_causal=False, scale=No
 def fake(monkeypatch):
     """The thinker with adapters, and two prompts, on fake CUDA."""
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", flash_attention)
-    monkeypatch.setattr("hov2.prefix.causal_lower_right", LowerRight)
+    monkeypatch.setattr("hov2.model.prefix.causal_lower_right", LowerRight)
     thinker = plan.thinker_of_7b()
     add_lora(thinker, LoRAConfig())
     for name, parameter in thinker.named_parameters():

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from helpers import synth_clip
 
-from hov2 import formats
 from hov2.config import EvalConfig, GRPOConfig, SFTConfig, Source, load_config
-from hov2.data import DataError, read_samples
-from hov2.media import read_media
+from hov2.data import formats
+from hov2.data.formats import DataError
+from hov2.data.media import read_media
+from hov2.data.samples import read_samples
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 FULL = "<context>She smiles.</context><think>So she is glad.</think><answer>{}</answer>"

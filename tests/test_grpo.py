@@ -17,7 +17,7 @@ from hov2.grpo import (
     reward_advantages,
     token_terms,
 )
-from hov2.logps import token_logps
+from hov2.model.logps import token_logps
 
 NAN = float("nan")
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "trl_grpo.json").read_text())

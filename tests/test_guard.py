@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch.distributed.run import get_args_parser
 
 from hov2.config import AlarmConfig, ConfigError, SFTConfig
-from hov2.guard import WINDOW, Guard, out_of_time, signs_of_collapse
+from hov2.engine.guard import WINDOW, Guard, out_of_time, signs_of_collapse
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMAT, ZERO_STD, CLIPPED = "rewards/format/mean", "frac_reward_zero_std", "completions/clipped_ratio"

@@ -19,7 +19,7 @@ from judge_ranks import GROUP_TIMEOUT
 from hov2 import judge as judge_module
 from hov2 import scoring, toy
 from hov2.config import JudgeConfig
-from hov2.data import Sample
+from hov2.data.samples import Sample
 from hov2.distributed import Means
 from hov2.judge import FAULTS, Judge, JudgeError
 from hov2.prompts import load_prompts
@@ -226,7 +226,7 @@ def step(scorer, count, first=0):
     """The logic scores of a step that asks for `count`, and for as many by rule."""
     scores = [[scorer.submit(name, think(first + i), SAMPLE) for name in ("logic", "format", "accuracy")]
               for i in range(count)]
-    scorer.settle([score for three in scores for score in three])
+    scorer.wait_for_scores([score for three in scores for score in three])
     assert all(score.result().value is not None for _, *by_rule in scores for score in by_rule)
     return [three[0].result().value for three in scores]
 
@@ -264,11 +264,11 @@ def test_continue_leaves_out_what_is_missing(capfd):
     assert capfd.readouterr().out == ""
 
 
-def test_waiting_ends_with_every_score(capfd, monkeypatch):
+def test_waiting_ends_with_every_score(capfd):
     with judged([None] * 3 + ["outage", None], concurrency=1, max_retries=1, breaker_failures=2) as (judge, server):
         beats = []
-        monkeypatch.setattr(scoring, "beat", lambda phase: (beats.append(phase), len(beats) == 20 and server.up()))
-        assert step(Scorer(judge), 12) == [0.8] * 12
+        scorer = Scorer(judge, heartbeat=lambda phase: (beats.append(phase), len(beats) == 20 and server.up()))
+        assert step(scorer, 12) == [0.8] * 12
         assert set(beats) == {"judge"} and stats(judge)["faults"]["breaker"] >= 1
     opened, waiting, closed, back = capfd.readouterr().out.splitlines()
     name = f"judge {server.url}"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hov2.config import ConfigError
-from hov2.log import MetricsLog, RolloutDump, Timer, console_line
+from hov2.engine.log import MetricsLog, RolloutDump, Timer, console_line
 
 
 def lines(path):

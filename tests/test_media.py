@@ -33,8 +33,8 @@ from mediakit import (
 )
 from transformers import WhisperFeatureExtractor
 
-from hov2 import media
-from hov2.media import MediaError, frame_indices, log_mel, patchify, read_media, smart_resize
+from hov2.data import media
+from hov2.data.media import MediaError, frame_indices, log_mel, patchify, read_media, smart_resize
 
 pytestmark = pytest.mark.usefixtures("no_stray_warnings")
 

@@ -11,11 +11,13 @@ import torch
 from cachekit import SMALL, hammer, same
 from helpers import synth_clip, tiny_tokenizer
 
-from hov2 import media_cache, setup
 from hov2.config import EvalConfig, MediaConfig, Source
-from hov2.data import InputMaker, Sample
-from hov2.media import MediaError, read_media
-from hov2.media_cache import SUFFIX, MediaCache
+from hov2.data import media_cache
+from hov2.data.inputs import InputMaker
+from hov2.data.media import MediaError, read_media
+from hov2.data.media_cache import SUFFIX, MediaCache
+from hov2.data.samples import Sample
+from hov2.engine import setup
 from hov2.prompts import load_prompts
 
 pytestmark = pytest.mark.usefixtures("no_stray_warnings")

@@ -1,4 +1,4 @@
-"""Odd clips, sounds and images, each with what hov2/media.py says of it; then good clips damaged at random."""
+"""Odd clips, sounds and images, each with what hov2/data/media.py says of it; then good clips damaged at random."""
 
 import base64
 import json
@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from mediakit import DATA, decibels, every_frame, moving_picture, pixels, tone, write_video, write_wav
 
-from hov2 import media
-from hov2.media import MediaError, frame_indices, read_media
+from hov2.data import media
+from hov2.data.media import MediaError, frame_indices, read_media
 
 pytestmark = pytest.mark.usefixtures("no_stray_warnings")
 
@@ -445,12 +445,12 @@ def test_three_hundred_mutations(good_clips, tmp_path):
     ("lambda path: ctypes.string_at(0)", -11, "Segmentation fault"),
     ("lambda path: time.sleep(60)", 1, "Timeout"),
     ("lambda path: files.append(open(path))", 1, "AttributeError"),
-    ("lambda path: files.append(open(path)) or hov2.media.read_media(path)", 1, "a file was left open"),
-    ("lambda path: hov2.media.Media(None, None, torch.tensor([math.nan]))", 1, "not finite"),
+    ("lambda path: files.append(open(path)) or hov2.data.media.read_media(path)", 1, "a file was left open"),
+    ("lambda path: hov2.data.media.Media(None, None, torch.tensor([math.nan]))", 1, "not finite"),
 ])
 def test_the_watchdog_bites(reader, code, told, good_clips, tmp_path):
     """A reader that crashes, hangs, leaks or returns nonsense is seen."""
-    script = ("import ctypes, math, sys, time, torch, hov2.media; files = []; sys.path.insert(0, sys.argv[1]); "
+    script = ("import ctypes, math, sys, time, torch, hov2.data.media; files = []; sys.path.insert(0, sys.argv[1]); "
               f"import media_mutations; media_mutations.main(sys.argv[2], 0, 1, [sys.argv[3]], {reader}, seconds=2)")
     done = subprocess.run([sys.executable, "-c", script, str(HERE), str(tmp_path), str(good_clips[0])],
                           cwd=HERE.parent, capture_output=True, text=True, timeout=100, check=False)

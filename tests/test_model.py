@@ -11,21 +11,12 @@ from torch import nn
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
 from hov2.config import ConfigError, LoRAConfig
-from hov2.model import (
-    Encoder,
-    LoRALinear,
-    ModelError,
-    Policy,
-    adapters_off,
-    add_lora,
-    decode,
-    decoder_of,
-    embed,
-    load_thinker,
-    load_tokenizer,
-)
-from hov2.prefix import causal_attention
-from hov2.weights import export
+from hov2.model.encoder import Encoder
+from hov2.model.lora import LoRALinear, adapters_off, add_lora
+from hov2.model.prefix import causal_attention
+from hov2.model.thinker import Policy, decode, embed, load_thinker, load_tokenizer
+from hov2.model.versions import decoder_of
+from hov2.model.weights import ModelError, export
 
 
 @pytest.fixture

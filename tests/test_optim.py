@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hov2.config import TrainConfig
-from hov2.optim import learning_rate, make_optimizer, round_at_random, update
+from hov2.engine.optim import learning_rate, make_optimizer, round_at_random, update
 
 
 def rates(**kwargs):

@@ -11,11 +11,13 @@ from modelkit import policy_of, random_completions, random_prompts
 from sharding_runs import held_bytes, peak_bytes
 
 from hov2.config import GRPOConfig, LoRAConfig, SFTConfig
-from hov2.model import add_lora, media_model_of, set_training
-from hov2.optim import make_optimizer
-from hov2.plan import held, kv_bytes, main, plan, rollout, shapes_of, update
-from hov2.prefix import group_logps
-from hov2.rollout import _Cache
+from hov2.engine.optim import make_optimizer
+from hov2.model.lora import add_lora
+from hov2.model.prefix import group_logps
+from hov2.model.rollout import _Cache
+from hov2.model.thinker import set_training
+from hov2.model.versions import media_model_of
+from hov2.tools.plan import held, kv_bytes, main, plan, rollout, shapes_of, update
 
 FLOAT = 4  # the tiny thinkers compute in float32
 
@@ -116,7 +118,7 @@ def run(monkeypatch, capsys, *arguments):
 
 
 def test_command_for_a_model_that_is_not_there():
-    command = [sys.executable, "-m", "hov2.plan", "configs/stage2.json", "--gpus", "8", "--memory", "80"]
+    command = [sys.executable, "-m", "hov2.tools.plan", "configs/stage2.json", "--gpus", "8", "--memory", "80"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0 and "GiB of 74.51: fits" in done.stdout, done.stderr[-2000:]
     assert "runs/stage1/model (not there; the sizes of Qwen2.5-Omni-7B), 8 GPUs, prompts of 8192 tok" in done.stdout

@@ -5,9 +5,10 @@ import torch
 from helpers import tiny_thinker
 from modelkit import random_completions, random_inputs, separate_logps, use_hov2_attention
 
-from hov2.logps import chunked_token_logps, token_logps
-from hov2.model import Encoder, checkpoint_activations, media_model_of
-from hov2.prefix import group_logps, pack
+from hov2.model.encoder import Encoder
+from hov2.model.logps import chunked_token_logps, token_logps
+from hov2.model.prefix import group_logps, pack
+from hov2.model.versions import checkpoint_activations, media_model_of
 
 CASES = {"video and sound": {}, "image and sound": {"kind": "image", "frames": 2}, "sound": {"frames": 0},
          "video": {"mel_frames": 0}, "text": {"frames": 0, "mel_frames": 0}}

@@ -12,7 +12,7 @@ import av
 import numpy as np
 import pytest
 
-from hov2 import report
+from hov2.tools import report
 from tests.helpers import synth_clip
 from tests.reportkit import DATA, MEDIA, make_record, write_run
 
@@ -83,7 +83,7 @@ def test_sound_alone_and_an_image(tmp_path):
 
 def report_media():
     """The clip as training reads it."""
-    from hov2.media import read_media
+    from hov2.data.media import read_media
     return read_media(DATA / "bigbuckbunny.mp4", **{k: v for k, v in MEDIA.items() if k != "interleave_audio"})
 
 
@@ -152,7 +152,7 @@ def test_a_run_without_rollouts_and_clips_that_are_not_there(run, tmp_path):
 ])
 def test_what_is_no_run_gives_one_line(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
-    done = subprocess.run([sys.executable, "-m", "hov2.report", str(tmp_path), "-o", str(tmp_path / "page.html")],
+    done = subprocess.run([sys.executable, "-m", "hov2.tools.report", str(tmp_path), "-o", str(tmp_path / "page.html")],
                           capture_output=True, text=True, check=False)
     assert done.returncode == 1 and done.stderr.startswith(f"error: {tmp_path}") and message in done.stderr
     assert done.stderr.count("\n") == 1 and not (tmp_path / "page.html").exists()

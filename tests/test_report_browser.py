@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from hov2 import report
+from hov2.tools import report
 from tests.reportkit import EVIL, make_record, write_run
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (requirements-dev.txt)")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hov2.config import FilterConfig
-from hov2.results import (
+from hov2.evaluation.results import (
     compare,
     format_comparison,
     format_filter,

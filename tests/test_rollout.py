@@ -10,12 +10,14 @@ from helpers import tiny_thinker, tiny_tokenizer
 from modelkit import random_inputs, random_prompts, use_hov2_attention
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
-from hov2 import rollout as rollouts
 from hov2.config import LoRAConfig
 from hov2.grpo import sampling_kl
-from hov2.model import Encoder, Prompt, add_lora, decoder_of
-from hov2.prefix import group_logps
-from hov2.rollout import _noise, _sample, generate, make_generator, sampling_for
+from hov2.model import rollout as rollouts
+from hov2.model.encoder import Encoder, Prompt
+from hov2.model.lora import add_lora
+from hov2.model.prefix import group_logps
+from hov2.model.rollout import _noise, _sample, generate, make_generator, sampling_for
+from hov2.model.versions import decoder_of
 from hov2.spans import completion_tokens
 
 

@@ -10,10 +10,11 @@ import torch
 
 from hov2 import toy
 from hov2.config import EvalConfig, GRPOConfig, JudgeConfig, MediaConfig, SFTConfig, Source, load_config
-from hov2.data import InputMaker, read_samples
+from hov2.data.inputs import InputMaker
+from hov2.data.media import read_media
+from hov2.data.samples import read_samples
 from hov2.judge import AccuracyJudge, Judge
-from hov2.media import read_media
-from hov2.model import load_thinker, load_tokenizer
+from hov2.model.thinker import load_thinker, load_tokenizer
 from hov2.prompts import load_prompts
 from hov2.rewards import accuracy_reward, block_text, format_reward
 from hov2.spans import span_masks, token_bytes_of

@@ -158,7 +158,7 @@ def test_nothing_is_computed_twice_in_a_step(lab):
 def test_the_judge_works_while_the_reference_does(lab):
     names = [name for name, _ in json.loads((lab / "counted" / "counts.json").read_text())]
     last_asked = len(names) - 1 - names[::-1].index("submit")
-    assert last_asked < names.index("decode") < names.index("settle")
+    assert last_asked < names.index("decode") < names.index("wait_for_scores")
 
 
 def test_without_kl_there_is_no_reference(lab):

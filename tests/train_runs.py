@@ -19,15 +19,18 @@ import torch
 import evaluate
 import train_grpo
 import train_sft
-from hov2 import distributed, model, prefix, rollout, setup
+from hov2 import distributed
 from hov2.config import EvalConfig, GRPOConfig, SFTConfig, load_config
+from hov2.engine import setup
+from hov2.model import prefix, rollout
+from hov2.model.encoder import Encoder
 from hov2.scoring import Score
 
 
 class HashScorer:
     """Scores by a checksum of the text; every 16th text has a missing score."""
 
-    def __init__(self, judge, format_rule):
+    def __init__(self, judge, format_rule, heartbeat):
         pass
 
     def submit(self, name, text, sample):
@@ -36,7 +39,7 @@ class HashScorer:
         score = Score(None if missing else (number % 5) / 4, missing)
         return SimpleNamespace(result=lambda: score)
 
-    def settle(self, scores):
+    def wait_for_scores(self, scores):
         pass
 
     def log_stats(self, means):
@@ -46,7 +49,7 @@ class HashScorer:
         return ""
 
 
-def count_work(model, counts):
+def count_work(counts):
     """Adds to `counts`, a list, what the towers, the decoder and the log-probs are asked for, in order."""
 
     def counted(module, name, what):
@@ -58,8 +61,8 @@ def count_work(model, counts):
 
         setattr(module, name, wrapper)
 
-    counted(model.Encoder, "_visual", lambda _, inputs: int(inputs.pixel_values is not None))
-    counted(model.Encoder, "_audio", lambda _, inputs: int(inputs.mel is not None))
+    counted(Encoder, "_visual", lambda _, inputs: int(inputs.pixel_values is not None))
+    counted(Encoder, "_audio", lambda _, inputs: int(inputs.mel is not None))
     counted(prefix, "decode", lambda thinker, embeds, *_: embeds.shape[1])
     counted(rollout, "_prefill", lambda thinker, prompts, *_: sum(len(prompt.ids) for prompt in prompts))
     counted(prefix, "chunked_token_logps", lambda hidden, *_: len(hidden))
@@ -67,7 +70,7 @@ def count_work(model, counts):
     counted(train_grpo, "items_of_step", lambda groups, _: [
         [len(group.prompt.ids), group.rollout.completion_ids.numel()] for group in groups])
     counted(HashScorer, "submit", lambda *_: 1)
-    counted(HashScorer, "settle", lambda *_: 1)
+    counted(HashScorer, "wait_for_scores", lambda *_: 1)
 
 
 def stand_in_judge(config, prompts):
@@ -85,6 +88,6 @@ if __name__ == "__main__":
                         "eval": (evaluate, EvalConfig)}[script]
         config, counts = load_config(kind, config, overrides), []
         if config.output_dir.endswith("counted"):  # the last runs: the counting is not undone
-            count_work(model, counts)
+            count_work(counts)
         module.main(config)
         (Path(config.output_dir) / "counts.json").write_text(json.dumps(counts))

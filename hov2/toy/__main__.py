@@ -6,7 +6,7 @@ import shutil
 import time
 
 from hov2 import toy
-from hov2.results import table
+from hov2.evaluation.results import table
 from hov2.toy.ablation import ABLATION, STEPS, ablate, read_variants
 
 

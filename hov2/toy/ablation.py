@@ -18,7 +18,7 @@ from html import escape
 from pathlib import Path
 
 from hov2 import toy
-from hov2.results import mean
+from hov2.evaluation.results import mean
 
 ABLATION = str(toy.CONFIGS / "ablation.json")
 STEPS = ("stage1", "filter_stage2", "stage2", "filter_stage3", "stage3", "eval")

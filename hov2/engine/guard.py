@@ -21,7 +21,7 @@ import traceback
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from hov2.distributed import gather_objects, rank, say, store, world_size
+from hov2.distributed import gather_objects, print0, rank, store, world_size
 
 BEGAN = time.monotonic()  # this process did, or nearly so
 GRACE = 3.0  # seconds after which a rank follows one that failed: torchrun has seen that one first, and names it
@@ -35,7 +35,7 @@ _place = (time.time(), 0, "start")  # since when (seconds), step, phase; replace
 # --- ranks that hang, ranks that fail ---------------------------------------------------------------------------------
 
 
-def beat(phase, step=None):
+def heartbeat(phase, step=None):
     """Notes what this rank does from now on, in step number `step` (None: still the same).
 
     Whoever waits for something that may rightly take longer than `hang_minutes` calls this again and again.
@@ -114,7 +114,7 @@ class Guard:
         self.config, self.history, self._losses, self._said = config, history, [], set()
         self.bad_steps = gather_objects(history[-1].get("guard/bad_steps", 0) if history else 0)[0]
         self._signal, self._longest, self._boundary = None, 0.0, time.monotonic()
-        beat("start", first_step)
+        heartbeat("start", first_step)
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._heed)
 
@@ -130,8 +130,8 @@ class Guard:
         self._longest, self._boundary = max(self._longest, now - self._boundary), now
         late = out_of_time(now - BEGAN, self._longest, self.config.max_hours) and "max_hours"
         reasons = [*filter(None, gather_objects(self._signal or late))] if steps_done < steps else []
-        say(reasons and f"{reasons[0]}: stops after {steps_done} of {steps} steps; resume=auto goes on from there")
-        beat("checkpoint", steps_done)
+        print0(reasons and f"{reasons[0]}: stops after {steps_done} of {steps} steps; resume=auto goes on from there")
+        heartbeat("checkpoint", steps_done)
         return bool(reasons)
 
     def backward(self, loss):
@@ -154,7 +154,7 @@ class Guard:
         self.bad_steps += 1
         mine = [name for loss, batch in zip(losses, ids) if not loss.isfinite() for name in batch]
         bad, drawn = (dict.fromkeys(itertools.chain(*gather_objects(of))) for of in (mine, [*itertools.chain(*ids)]))
-        say(f"step {step}: the {'loss' if bad else 'gradient'} of {', '.join(bad or drawn)} is not finite; no update")
+        print0(f"step {step}: the {'loss' if bad else 'gradient'} of {', '.join(bad or drawn)} is not finite; no update")
         if self.bad_steps > self.config.max_bad_steps:
             raise FloatingPointError(f"step {step}: {self.bad_steps} updates skipped for a loss or gradient that is "
                                      f"not finite, more than max_bad_steps={self.config.max_bad_steps}")
@@ -162,7 +162,7 @@ class Guard:
     def look_for_collapse(self):
         """Says each sign of collapse once, in words."""
         found = signs_of_collapse(self.history, self.config.alarms)
-        say("\n".join(f"warning: {found[metric]}" for metric in found if metric not in self._said))
+        print0("\n".join(f"warning: {found[metric]}" for metric in found if metric not in self._said))
         self._said |= set(found)
 
 

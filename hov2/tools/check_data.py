@@ -1,7 +1,7 @@
 """What a config's data holds and what would go wrong with it, before a run finds out on its second day.
 
-    python -m hov2.data configs/stage1.json configs/stage2.json [key=value ...]
-    python -m hov2.data configs/stage2.json --media probe --workers 16 --bad bad.jsonl
+    python -m hov2.tools.check_data configs/stage1.json configs/stage2.json [key=value ...]
+    python -m hov2.tools.check_data configs/stage2.json --media probe --workers 16 --bad bad.jsonl
 
 Reads every data file and benchmark that the configs name, looks at every clip and prints a table for each config, then
 which clips the configs share. Exit code 1 if anything would be skipped or would stop the run, 2 for an unusable config.
@@ -24,16 +24,18 @@ import torch
 from av.stream import Disposition
 from tqdm import tqdm
 
-from hov2.benchmarks import read_benchmark
-from hov2.checkpoint import sha256
 from hov2.config import BaseConfig, MediaConfig, SFTConfig, read_config
-from hov2.data import DataError, InputMaker, MediaShape, SkipSample, load_media, media_key, read_slice
-from hov2.media import MediaError, open_media
-from hov2.model import load_tokenizer
+from hov2.data.formats import DataError
+from hov2.data.inputs import InputMaker, MediaShape, load_media, media_key
+from hov2.data.media import MediaError, open_media
+from hov2.data.samples import SkipSample, read_slice
+from hov2.engine.checkpoint import sha256
+from hov2.engine.setup import USER_ERRORS
+from hov2.evaluation.benchmarks import read_benchmark
+from hov2.evaluation.results import table
+from hov2.model.thinker import load_tokenizer
 from hov2.prompts import load_prompts
-from hov2.results import table
 from hov2.rewards import format_reward
-from hov2.setup import USER_ERRORS
 
 SKIPPED = ("bad record", "missing", "unreadable", "too long")  # what a run can't use
 SEEN = {"none": SKIPPED[:2], "probe": SKIPPED[:3], "decode": SKIPPED}  # by --media
@@ -204,7 +206,7 @@ def check(paths, overrides=(), media="decode", workers=1, bad=None):
 
 def main(argv=None):
     """The command line; ends the process with exit code 0, 1 or 2."""
-    parser = argparse.ArgumentParser(prog="python -m hov2.data", description="Checks all data that configs name.")
+    parser = argparse.ArgumentParser(prog="python -m hov2.tools.check_data", description="Checks all data that configs name.")
     parser.add_argument("configs", nargs="+", metavar="CONFIG|key=value", help="configs, and overrides for all of them")
     parser.add_argument("--media", choices=("none", "probe", "decode"), default="decode",
                         help="none: are the files there; probe: read their headers; decode: as in training (default)")
@@ -218,3 +220,7 @@ def main(argv=None):
         sys.exit(int(check(paths, overrides, args.media, args.workers, args.bad)))
     except USER_ERRORS as error:
         parser.exit(2, f"error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

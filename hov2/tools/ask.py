@@ -1,8 +1,8 @@
 """Asks a model about a clip, a sound or an image and shows what it writes while it writes it.
 
-    python -m hov2.ask MODEL CLIP "What does she intend?" [--options "A. praise" "B. mockery"]
-    python -m hov2.ask MODEL --batch questions.jsonl > answers.jsonl
-    python -m hov2.ask runs/toy/stage3/model CLIP "What does she intend?" --prompts configs/toy/prompts.json
+    python -m hov2.tools.ask MODEL CLIP "What does she intend?" [--options "A. praise" "B. mockery"]
+    python -m hov2.tools.ask MODEL --batch questions.jsonl > answers.jsonl
+    python -m hov2.tools.ask runs/toy/stage3/model CLIP "What does she intend?" --prompts configs/toy/prompts.json
 
 One process, one question at a time, greedy; `evaluate.py` is the way to many answers at once, with scores.
 """
@@ -15,14 +15,20 @@ import time
 from pathlib import Path
 
 from hov2.config import MediaConfig
-from hov2.data import InputMaker, kind_of, read_records, to_sample, tried
+from hov2.data.inputs import InputMaker, kind_of
+from hov2.data.media import MediaError, read_media
+from hov2.data.samples import (
+    read_records,
+    to_sample,
+    tried,
+)
 from hov2.distributed import compute_dtype, device_of, use_cuda
-from hov2.media import MediaError, read_media
-from hov2.model import Encoder, load_thinker, load_tokenizer
+from hov2.engine.setup import USER_ERRORS
+from hov2.model.encoder import Encoder
+from hov2.model.rollout import generate, sampling_for
+from hov2.model.thinker import load_thinker, load_tokenizer
 from hov2.prompts import Prompts, load_prompts
 from hov2.rewards import answer_text
-from hov2.rollout import generate, sampling_for
-from hov2.setup import USER_ERRORS
 from hov2.spans import completion_texts, completion_tokens, token_bytes_of
 
 
@@ -87,7 +93,7 @@ def read_questions(args):
 
 def main(argv=None):
     """Does what the command line says and returns the exit code; a mistake of the user's is one line and code 1."""
-    parser = argparse.ArgumentParser(prog="python -m hov2.ask", description=__doc__.split("\n", maxsplit=1)[0])
+    parser = argparse.ArgumentParser(prog="python -m hov2.tools.ask", description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("model", help="a thinker's folder, a full Qwen2.5-Omni folder, or a hub id")
     parser.add_argument("clip", nargs="?", help="a video, a sound or an image")
     parser.add_argument("question", nargs="?")

@@ -16,7 +16,7 @@ from pathlib import Path
 import av
 import torch
 
-from hov2.media import Media, check_file, read_media
+from hov2.data.media import Media, check_file, read_media
 
 SUFFIX = ".clip.pt"  # nothing else in the folder is touched
 VERSION = 2  # goes up when read_media makes something else of the same file, or the files are written in another way

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
-from hov2.logps import chunked_token_logps
-from hov2.model import decode, embed
+from hov2.model.logps import chunked_token_logps
+from hov2.model.thinker import decode, embed
 
 
 @dataclass(frozen=True)

@@ -18,19 +18,19 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from hov2.checkpoint import set_aside
 from hov2.config import ConfigError
-from hov2.data import SkipSample, read_samples
-from hov2.distributed import compute_dtype, gather_objects, rank, say, store, unsharded, world_size, write_whole
-from hov2.guard import beat
-from hov2.media import MediaError
-from hov2.model import set_training
-from hov2.results import COUNTS, SCORES, differing, over_samples, summarize
+from hov2.data.media import MediaError
+from hov2.data.samples import SkipSample, read_samples
+from hov2.distributed import atomic_write, compute_dtype, gather_objects, print0, rank, store, unsharded, world_size
+from hov2.engine.checkpoint import set_aside
+from hov2.engine.guard import heartbeat
+from hov2.evaluation.results import COUNTS, SCORES, differing, over_samples, summarize
+from hov2.model.rollout import generate, make_generator, sampling_for
+from hov2.model.thinker import set_training
+from hov2.model.weights import export
 from hov2.rewards import PROBLEM_TYPES, answer_text
-from hov2.rollout import generate, make_generator, sampling_for
 from hov2.scoring import Scorer
 from hov2.spans import completion_texts, completion_tokens
-from hov2.weights import export
 
 READERS = 4  # threads that read a batch's clips
 BARE = {"multiple choice": "[A-Z]", "emer_ov_mc": r"[A-Z](,\s?[A-Z])*", "judge": "(?i:yes|no)"}  # and nothing else
@@ -47,7 +47,7 @@ class Evaluator:
     def __init__(self, run, *, max_new_tokens, batch_size, num_samples=1, temperature=0.0, top_k=0, top_p=1.0,
                  training_rewards=False):
         self.run, self.batch_size, self.num_samples = run, batch_size, num_samples
-        self.scorer = Scorer(run.judge, evaluation=not training_rewards)
+        self.scorer = Scorer(run.judge, getattr(run.config, "format", "strict"), evaluation=not training_rewards, heartbeat=heartbeat)
         self.scores = ["accuracy", "format"] + (["context"] if run.judge and not training_rewards else [])
         self.sampling = sampling_for(run.tokenizer, run.policy.thinker.config, max_completion_length=max_new_tokens,
                                      temperature=temperature, top_k=top_k, top_p=top_p)
@@ -63,11 +63,11 @@ class Evaluator:
         kept = _merged(gather_objects(journal.read() if journal else {}))
         batches = [batch for batch in batches if not kept.keys() >= set(batch)]
         done = len(samples) - sum(map(len, batches))
-        say(f"going on with the answers to {done} of {len(samples)} questions" if kept else "")
+        print0(f"going on with the answers to {done} of {len(samples)} questions" if kept else "")
         with torch.no_grad(), unsharded(self.run.policy), tqdm(
                 total=len(batches), desc="evaluate", unit="batch", disable=None if rank() == 0 else True) as bar:
             for turn, loading in self._loaded(samples, batches):
-                beat("evaluate")
+                heartbeat("evaluate")
                 answered = self._answer(samples, batches[turn], loading)
                 if journal:
                     journal.append(answered)
@@ -101,7 +101,7 @@ class Evaluator:
             texts = completion_texts(completion_tokens(run.tokenizer, rollout))
             pending[i] = [(text, cut, [self.scorer.submit(name, text, samples[i]) for name in self.scores])
                           for text, cut in zip(texts, rollout.truncated.tolist())]
-        self.scorer.settle([s for of_one in pending.values() for *_, scores in of_one for s in scores], together=False)
+        self.scorer.wait_for_scores([s for of_one in pending.values() for *_, scores in of_one for s in scores], together=False)
         for i, answers in pending.items():
             records[i] = _record(samples[i], [
                 _scored(samples[i], text, cut, {n: s.result().value for n, s in zip(self.scores, scores)})
@@ -132,7 +132,7 @@ class Journal:
             set_aside(self.folder.parent, ("answers", "predictions.jsonl", "results.json", "results.txt"))
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(path, json.dumps(protocol, indent=2) + "\n")
+            atomic_write(path, json.dumps(protocol, indent=2) + "\n")
         old, new = json.loads(path.read_text()), json.loads(json.dumps(protocol))
         return "; ".join(f"{key} was {was!r:.80} and is {now!r:.80}" for key, (was, now) in differing(old, new).items())
 

@@ -1,6 +1,6 @@
-"""How much memory a training run needs on each GPU, before one is bought: `python -m hov2.plan CONFIG`.
+"""How much memory a training run needs on each GPU, before one is bought: `python -m hov2.tools.plan CONFIG`.
 
-    python -m hov2.plan configs/stage2.json --gpus 8 --memory 80 [key=value ...]
+    python -m hov2.tools.plan configs/stage2.json --gpus 8 --memory 80 [key=value ...]
 
 Arithmetic on the model's shapes (no weight is read) and on the config; docs/memory.md has the formulas. What a run
 holds all the time and what a phase adds are kept apart: the peak is the largest phase. Exit code 1 if it doesn't fit.
@@ -15,7 +15,10 @@ import torch
 from transformers import Qwen2_5OmniThinkerConfig
 
 from hov2.config import ConfigError, EvalConfig, GRPOConfig, read_config
-from hov2.model import ModelError, add_lora, decoder_of, design, tower_parameters
+from hov2.model.lora import add_lora
+from hov2.model.thinker import design, tower_parameters
+from hov2.model.versions import decoder_of
+from hov2.model.weights import ModelError
 
 GIB = 2**30
 FLOAT = 4  # bytes of a trained weight, of its gradient as it is summed over ranks, and of a logit
@@ -125,9 +128,9 @@ def report(phases, memory):
 
 def main():
     """The command line."""
-    from hov2.setup import USER_ERRORS  # here: the arithmetic needs none of what it imports, PyAV included
+    from hov2.engine.setup import USER_ERRORS  # here: the arithmetic needs none of what it imports, PyAV included
 
-    parser = argparse.ArgumentParser(prog="python -m hov2.plan", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m hov2.tools.plan", description=__doc__.partition("\n")[0])
     parser.add_argument("config")
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--memory", type=float, default=80, help="of one GPU, in GB (1e9 bytes)")

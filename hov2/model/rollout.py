@@ -17,9 +17,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from hov2.distributed import say
-from hov2.model import decode, embed, stacked_projections
-from hov2.prefix import causal_attention, pack
+from hov2.distributed import print0
+from hov2.model.attention import stacked_projections
+from hov2.model.prefix import causal_attention, pack
+from hov2.model.thinker import decode, embed
 from hov2.spans import TURN_ENDS, states_towards, token_bytes_of
 
 LEAVE_EVERY = 8  # tokens between looks at which rows have ended (each look waits for the device)
@@ -207,7 +208,7 @@ class _Step:
         except Exception as error:  # noqa: BLE001, whatever it is, the same numbers can be had without a graph
             self.use_graph = False
             _no_graph.append(error)
-            say(f"decoding goes on without a CUDA graph, slower: {type(error).__name__}: {error}")
+            print0(f"decoding goes on without a CUDA graph, slower: {type(error).__name__}: {error}")
         else:
             self.graph, self.hidden = graph, hidden
             _last_graph[:] = [graph]

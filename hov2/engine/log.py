@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from hov2 import guard
 from hov2.config import REWARDS, ConfigError
+from hov2.engine import guard
 
 # What the console line shows, in this order, of the metrics that a step has: (metric, heading, format).
 CONSOLE = [("loss", "loss", "8.4f"), ("reward", "reward", "6.3f"),
@@ -91,13 +91,13 @@ class Timer:
     def __call__(self, name):
         """Times one block under `name`, added to earlier blocks of that name."""
         start = time.perf_counter()
-        guard.beat(name)
+        guard.heartbeat(name)
         try:
             with torch.profiler.record_function(name):
                 yield
         finally:
             self._seconds[name] += time.perf_counter() - start
-            guard.beat(f"after {name}")
+            guard.heartbeat(f"after {name}")
 
     def pop(self):
         """`{"time/<name>": seconds}` since the last pop."""

@@ -7,14 +7,18 @@ from dataclasses import dataclass
 
 import torch
 
-from hov2 import distributed, guard
-from hov2.checkpoint import CheckpointError
+from hov2 import distributed
 from hov2.config import BaseConfig, ConfigError, config_from_argv, save_config
-from hov2.data import DataError, InputMaker
-from hov2.distributed import say
+from hov2.data.formats import DataError
+from hov2.data.inputs import InputMaker
+from hov2.data.media_cache import MediaCache
+from hov2.distributed import print0
+from hov2.engine import guard
+from hov2.engine.checkpoint import CheckpointError
 from hov2.judge import Judge, JudgeError
-from hov2.media_cache import MediaCache
-from hov2.model import Encoder, ModelError, Policy, load_policy, load_tokenizer
+from hov2.model.encoder import Encoder
+from hov2.model.thinker import Policy, load_policy, load_tokenizer
+from hov2.model.weights import ModelError
 from hov2.prompts import PromptsError, load_prompts
 
 # each says by itself what would be right
@@ -78,4 +82,4 @@ def report_derived(title, config, samples, per_step, steps, more=None):
     ranks = distributed.world_size()
     numbers = {"samples": samples, "steps": steps, "samples a step": f"{per_step} ({per_step // ranks} on each rank)",
                "gradient accumulation": -(-per_step // ranks // config.per_device_train_batch_size)} | (more or {})
-    say("\n".join([title, *(f"  {name:<26}{value}" for name, value in numbers.items())]))
+    print0("\n".join([title, *(f"  {name:<26}{value}" for name, value in numbers.items())]))

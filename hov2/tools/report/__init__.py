@@ -1,4 +1,4 @@
-"""python -m hov2.report RUN [RUN2 ...] -o report.html: what runs did, as one page that works from disk.
+"""python -m hov2.tools.report RUN [RUN2 ...] -o report.html: what runs did, as one page that works from disk.
 
 Curves of all metrics, the rollouts with each token's credit, and evaluations with what changed between runs. The page
 is report.html with report.css, report.js and the data in it: no network, no library. What a model wrote is data in JSON
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import av
 
-from hov2.results import format_comparison
+from hov2.evaluation.results import format_comparison
 
 MAX_BYTES = 14e6  # of the page, for rollouts with their clips
 MAX_PROMPTS = 8  # of a step
@@ -69,7 +69,7 @@ def read_records(path):
 
 def explanations():
     """[[pattern of names in backticks, what it is]] of the values in the tables of docs/metrics.md, in their order."""
-    text = (_HERE.parent / "docs/metrics.md").read_text(encoding="utf-8")
+    text = (_HERE.parents[2] / "docs/metrics.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (`.+?) \| (.+?) \|", text, re.MULTILINE)
     return [[re.sub("NAME|KIND", "[^/]+", names).replace(", ", "|"), about.replace("`", "")] for names, about in rows]
 
@@ -122,7 +122,7 @@ def read_clip(path, settings):
 
     `settings`: config.MediaConfig as a dict.
     """
-    from hov2.media import MediaError, read_media
+    from hov2.data.media import MediaError, read_media
     try:
         media = read_media(path, **{name: settings[name] for name in ("fps", "max_frames", "min_pixels", "max_pixels")})
     except MediaError as error:
@@ -177,7 +177,7 @@ def read_evaluations(folders):
 
 def main():
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m hov2.report", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m hov2.tools.report", description=__doc__.partition("\n")[0])
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output_dir of a training run or of an evaluation")
     parser.add_argument("-o", "--output", default="report.html")
     args = parser.parse_args()
@@ -187,6 +187,3 @@ def main():
         sys.exit(f"error: {error}")
     print(f"{args.output}: {Path(args.output).stat().st_size / 1e6:.1f} MB")
 
-
-if __name__ == "__main__":
-    main()

@@ -26,7 +26,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from hov2.distributed import PATIENCE, barrier, gather_objects, rank, say, world_size
+from hov2.distributed import PATIENCE, barrier, gather_objects, print0, rank, world_size
 
 UNFINISHED = ".unfinished"  # ending of what is being written
 SUMS = "SHA256SUMS"
@@ -65,7 +65,7 @@ class Checkpoints:
             problem = find_problem(folder)
             if not problem:
                 return self._load(folder, found[:number])
-            say(f"warning: {folder} is passed over: {problem}")
+            print0(f"warning: {folder} is passed over: {problem}")
         if found:
             raise CheckpointError(f"{self.folder}: none of its checkpoints is whole; resume=never begins anew")
         if rank() == 0:
@@ -106,7 +106,7 @@ class Checkpoints:
     def _warn_if_full(self):
         """Before the room is needed, so that there is time to make some."""
         free = shutil.disk_usage(self.folder).free
-        say(f"warning: {self.folder} has {free / 1e9:.2f} GB left on its disk, and the next checkpoint takes about "
+        print0(f"warning: {self.folder} has {free / 1e9:.2f} GB left on its disk, and the next checkpoint takes about "
             f"{self.size / 1e9:.2f} GB" if free < self.size else "")
 
     def _finish(self, files, unfinished, state):
@@ -151,7 +151,7 @@ class Checkpoints:
             set_aside(self.folder, [path.name for path in torn])
         changed = [key for key, value in dataclasses.asdict(self.config).items()
                    if value != state["config"].get(key) and key != "resume"]
-        say(f"resumed from {folder}; changed in the config: {', '.join(changed) or 'nothing'}")
+        print0(f"resumed from {folder}; changed in the config: {', '.join(changed) or 'nothing'}")
         return state["step"]
 
 
