@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from hov2 import distributed
-from hov2.config import BaseConfig, ConfigError, config_from_argv, save_config
+from hov2.config import BaseConfig, ConfigError
+from hov2.config_io import config_from_argv, save_config
 from hov2.data.formats import DataError
 from hov2.data.inputs import InputMaker
 from hov2.data.media_cache import MediaCache
