@@ -1,18 +1,10 @@
-"""Configs: JSON in, dataclasses out, nothing unknown accepted.
+"""The schema of the configs: every key with its type, its default and, in the comment beside it, what it means.
 
-`load_config(GRPOConfig, "configs/stage2.json", ["max_steps=4", "media.max_frames=16"])` reads a JSON file, applies
-`key=value` overrides (dots reach into nested objects, values are JSON or plain text) and returns a dataclass whose
-every field has the declared type. Anything else is one `ConfigError` that names the file, the key and what would be
-right.
+The comments are the keys' only documentation, and `--help` of the scripts prints them. config_io.py reads JSON into
+these dataclasses.
 """
 
-import dataclasses
-import difflib
-import json
-import types
-import typing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 REWARDS = ("format", "accuracy", "context", "logic")
@@ -189,7 +181,7 @@ class GRPOConfig(TrainConfig):
     temperature: float = 0.9
     top_p: float = 1.0
     top_k: int = 50
-    max_completion_length: int = 1024
+    max_completion_length: int = 1024  # tokens, end-of-turn token included; a longer completion is cut off there
     stop_at_answer: bool = False  # a completion ends with its first `</answer>`, without an end-of-turn token
     beta: float = 0.04
     epsilon: float = 0.2
@@ -260,103 +252,6 @@ class EvalConfig(BaseConfig):
               f"num_samples: {self.num_samples} greedy answers are one answer; set a temperature")
         _need(not self.filter or (self.num_samples > 1 and not self.benchmark),
               "filter: needs num_samples of at least 2, and data (not a benchmark)")
-
-
-def load_config(cls, path, overrides=()):
-    """Reads `path` (JSON) into the dataclass `cls`, then applies `key=value` overrides.
-
-    Raises ConfigError for a missing file, broken JSON, an unknown key (naming the nearest known one), a missing
-    required key, or a value of the wrong type.
-    """
-    values = _read(path)
-    for override in overrides:
-        _apply_override(values, override)
-    return _build(cls, values, where=str(path))
-
-
-def read_config(path, overrides=()):
-    """The config at `path`, of the class (SFT, GRPO or evaluation) that knows most of its keys."""
-    keys, kinds = _read(path).keys(), (EvalConfig, SFTConfig, GRPOConfig)
-    return load_config(max(kinds, key=lambda kind: len(keys & kind.__dataclass_fields__.keys())), path, overrides)
-
-
-def save_config(config, folder):
-    """Writes the resolved config to `folder/config.json`."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-
-
-def config_from_argv(cls, argv, default):
-    """`[config.json] [key=value ...]` as the scripts take them; `default` is the config when none is named."""
-    paths = [a for a in argv if "=" not in a]
-    _need(len(paths) < 2 and not any(a.startswith("-") for a in argv),
-          f"expected [config.json] [key=value ...], got {' '.join(argv)}")
-    return load_config(cls, *(paths or [default]), [a for a in argv if "=" in a])
-
-
-def _read(path):
-    try:
-        values = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: no such config file, or not valid JSON: {error}") from None
-    _need(isinstance(values, dict), f"{path}: expected a JSON object, got {type(values).__name__}")
-    return values
-
-
-def _apply_override(values, override):
-    key, separator, text = override.partition("=")
-    _need(separator and key, f"override {override!r}: expected key=value")
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = text  # plain words need no quotes
-    *parents, last = key.split(".")
-    for parent in parents:
-        values = values.setdefault(parent, {})
-        _need(isinstance(values, dict), f"override {override!r}: {parent} is not an object")
-    values[last] = value
-
-
-def _build(cls, values, where):
-    hints = typing.get_type_hints(cls)
-    for key in values:
-        if key not in hints:
-            near = difflib.get_close_matches(key, hints, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(hints))}"
-            raise ConfigError(f"{where}: unknown key {key!r}; {hint}")
-    missing = [repr(f.name) for f in dataclasses.fields(cls) if f.name not in values
-               and f.default is f.default_factory is dataclasses.MISSING]
-    _need(not missing, f"{where}: missing key {', '.join(missing)}")
-    checked = {key: _check(hints[key], value, f"{where}: {key}") for key, value in values.items()}
-    try:
-        return cls(**checked)
-    except ConfigError as error:  # of __post_init__, which doesn't know the file
-        raise ConfigError(f"{where}: {error}") from None
-
-
-def _check(kind, value, where):
-    """`value` as `kind` (the few type forms that the dataclasses above use), or ConfigError."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):  # X | None; of a Literal it is the latter
-        return None if value is None else _check(args[0], value, where)
-    if origin is Literal:
-        _need(value in args, f"{where}: {value!r} is not one of {', '.join(map(repr, args))}")
-        return value
-    nested = dataclasses.is_dataclass(kind)
-    plain = dict if nested else origin or kind
-    fits = isinstance(value, (int, float) if plain is float else plain) and isinstance(value, bool) == (plain is bool)
-    _need(fits, f"{where}: expected {_IN_WORDS.get(plain, plain.__name__)}, got {value!r}")
-    if nested:
-        return _build(kind, value, where)
-    if plain is list:
-        return [_check(args[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
-    if plain is dict:
-        return {_check(args[0], key, where): _check(args[1], item, f"{where}.{key}") for key, item in value.items()}
-    return plain(value)
-
-
-_IN_WORDS = {dict: "an object", list: "a list", float: "a number"}
 
 
 def _need(condition, message):

@@ -14,7 +14,8 @@ import train_runs
 
 import train_grpo
 from hov2 import distributed
-from hov2.config import GRPOConfig, load_config
+from hov2.config import GRPOConfig
+from hov2.config_io import load_config
 from hov2.engine import setup
 from hov2.engine.log import Timer
 

@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from hov2 import distributed
-from hov2.config import GRPOConfig, SFTConfig, load_config
+from hov2.config import GRPOConfig, SFTConfig
+from hov2.config_io import load_config
 from hov2.engine import guard
 from hov2.engine.log import Timer
 

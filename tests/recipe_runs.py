@@ -26,7 +26,8 @@ def run(copy):
     sys.path.insert(0, str(copy))
     import train_grpo
     from hov2 import toy
-    from hov2.config import GRPOConfig, load_config
+    from hov2.config import GRPOConfig
+    from hov2.config_io import load_config
 
     assert Path(train_grpo.__file__).parent == Path(toy.__file__).parents[2] == copy
     toy.prepare = lambda config: None

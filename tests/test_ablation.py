@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from hov2 import toy
-from hov2.config import read_config
+from hov2.config_io import read_config
 from hov2.toy import ablation
 
 VARIANTS = {"full": {}, "other": {"stage2": {"credit": "released"}}, "late": {"stage3": {"beta": 0}},

@@ -7,7 +7,8 @@ import re
 import pytest
 
 from hov2 import toy
-from hov2.config import EvalConfig, load_config
+from hov2.config import EvalConfig
+from hov2.config_io import load_config
 from hov2.data.formats import DataError
 from hov2.data.media import read_media
 from hov2.evaluation import benchmarks

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from helpers import synth_clip, tiny_tokenizer
 
-from hov2.config import ConfigError, EvalConfig, GRPOConfig, SFTConfig, read_config
+from hov2.config import ConfigError, EvalConfig, GRPOConfig, SFTConfig
+from hov2.config_io import read_config
 from hov2.tools import check_data as check
 
 ROOT = Path(__file__).parent.parent

@@ -17,7 +17,8 @@ import pytest
 import torch
 from helpers import tiny_thinker, tiny_tokenizer
 
-from hov2.config import EvalConfig, GRPOConfig, SFTConfig, load_config
+from hov2.config import EvalConfig, GRPOConfig, SFTConfig
+from hov2.config_io import load_config
 from hov2.grpo import credit, group_advantages, grpo_loss, token_terms
 
 ROOT = Path(__file__).resolve().parent.parent

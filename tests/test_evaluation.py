@@ -19,7 +19,8 @@ from modelkit import policy_of
 
 import evaluate
 from hov2 import scoring, toy
-from hov2.config import ConfigError, EvalConfig, FilterConfig, JudgeConfig, MediaConfig, Source, load_config
+from hov2.config import ConfigError, EvalConfig, FilterConfig, JudgeConfig, MediaConfig, Source
+from hov2.config_io import load_config
 from hov2.data.formats import DataError
 from hov2.data.inputs import InputMaker
 from hov2.data.samples import Sample, read_samples

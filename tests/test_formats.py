@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from helpers import synth_clip
 
-from hov2.config import EvalConfig, GRPOConfig, SFTConfig, Source, load_config
+from hov2.config import EvalConfig, GRPOConfig, SFTConfig, Source
+from hov2.config_io import load_config
 from hov2.data import formats
 from hov2.data.formats import DataError
 from hov2.data.media import read_media

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from hov2 import toy
-from hov2.config import EvalConfig, GRPOConfig, JudgeConfig, MediaConfig, SFTConfig, Source, load_config
+from hov2.config import EvalConfig, GRPOConfig, JudgeConfig, MediaConfig, SFTConfig, Source
+from hov2.config_io import load_config
 from hov2.data.inputs import InputMaker
 from hov2.data.media import read_media
 from hov2.data.samples import read_samples

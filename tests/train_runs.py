@@ -20,7 +20,8 @@ import evaluate
 import train_grpo
 import train_sft
 from hov2 import distributed
-from hov2.config import EvalConfig, GRPOConfig, SFTConfig, load_config
+from hov2.config import EvalConfig, GRPOConfig, SFTConfig
+from hov2.config_io import load_config
 from hov2.engine import setup
 from hov2.model import prefix, rollout
 from hov2.model.encoder import Encoder

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from hov2 import distributed
-from hov2.config import BaseConfig, ConfigError, config_from_argv, save_config
+from hov2.config import BaseConfig, ConfigError
+from hov2.config_help import help_text
+from hov2.config_io import config_from_argv, save_config
 from hov2.data.formats import DataError
 from hov2.data.inputs import InputMaker
 from hov2.data.media_cache import MediaCache
@@ -63,8 +65,11 @@ def start(config, device, trained=True):
 def command(main, config_class, default):
     """Runs `main(config)` with the config that the command line names; a user's error ends it with one line, code 1.
 
-    Of ranks that fail, the first says why. The others end within seconds, wherever they are.
+    Of ranks that fail, the first says why. The others end within seconds, wherever they are. `--help` only prints.
     """
+    if "--help" in sys.argv or "-h" in sys.argv:
+        print(help_text(config_class, sys.argv[0], sys.modules[main.__module__].__doc__, default))
+        return
     try:
         main(config_from_argv(config_class, sys.argv[1:], default))
         return

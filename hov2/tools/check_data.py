@@ -24,7 +24,8 @@ import torch
 from av.stream import Disposition
 from tqdm import tqdm
 
-from hov2.config import BaseConfig, MediaConfig, SFTConfig, read_config
+from hov2.config import BaseConfig, MediaConfig, SFTConfig
+from hov2.config_io import read_config
 from hov2.data.formats import DataError
 from hov2.data.inputs import InputMaker, MediaShape, load_media, media_key
 from hov2.data.media import MediaError, open_media

@@ -14,7 +14,8 @@ from types import SimpleNamespace
 import torch
 from transformers import Qwen2_5OmniThinkerConfig
 
-from hov2.config import ConfigError, EvalConfig, GRPOConfig, read_config
+from hov2.config import ConfigError, EvalConfig, GRPOConfig
+from hov2.config_io import read_config
 from hov2.model.lora import add_lora
 from hov2.model.thinker import design, tower_parameters
 from hov2.model.versions import decoder_of

@@ -1,4 +1,6 @@
-"""python -m hov2.tools.report RUN [RUN2 ...] -o report.html: what runs did, as one page that works from disk.
+"""What runs did, as one page that works from disk.
+
+    python -m hov2.tools.report RUN [RUN2 ...] -o report.html
 
 Curves of all metrics, the rollouts with each token's credit, and evaluations with what changed between runs. The page
 is report.html with report.css, report.js and the data in it: no network, no library. What a model wrote is data in JSON
