@@ -194,7 +194,7 @@ class GRPOConfig(TrainConfig):
     beta: float = 0.04
     epsilon: float = 0.2
     epsilon_high: float | None = None  # None: epsilon
-    loss_type: Literal["token", "grpo", "dr_grpo", "bnpo"] = "token"
+    loss_type: Literal["token", "grpo", "dr_grpo"] = "token"
     scale_rewards: bool = False
     reward_weights: dict[Literal[REWARDS], float] = field(default_factory=lambda: {"format": 1.0, "accuracy": 1.0})
     credit: Literal["seen", "inside", "released"] = "seen"
@@ -213,8 +213,6 @@ class GRPOConfig(TrainConfig):
         _need(self.judge or not judged,
               f"reward_weights: {' and '.join(judged)} needs a judge; give one as `judge`, or leave it out")
         _need(self.num_generations >= 2, f"num_generations: at least 2, to compare them; got {self.num_generations}")
-        _need(self.loss_type != "bnpo" or not self.completions_per_forward,
-              "completions_per_forward: not with loss_type bnpo, whose divisor it would change")
         _need(self.temperature > 0, f"temperature: greater than 0, equals teach nothing; got {self.temperature}")
 
 
