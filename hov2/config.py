@@ -139,7 +139,7 @@ class TrainConfig(BaseConfig):
     adam_beta2: float = 0.999
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    optimizer_states: Literal["float32", "bfloat16", "cpu"] = "float32"  # AdamW's moments: optim.RestingAdamW
+    optimizer_states: Literal["float32", "cpu"] = "float32"  # cpu: AdamW's moments in the host's memory; slower steps
     lora: LoRAConfig | None = None  # null: all of the decoder's weights are trained
     gradient_checkpointing: bool = True
     logprob_chunk: int = 128  # tokens whose logits exist at a time
