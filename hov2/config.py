@@ -119,8 +119,6 @@ class BaseConfig(Checked):
     max_prompt_length: int | None = None  # tokens, media included
     on_long_prompt: Literal["error", "skip", "fewer_frames"] = "error"
     encoding_cache: int = 0  # clips whose tower outputs are kept in memory (the towers are frozen, so this is exact)
-    media_cache: str | None = None  # folder for decoded clips, shared by all ranks and runs; null: decoded each time
-    media_cache_gib: float = 20.0  # of them at most; the longest unused are removed
     judge: JudgeConfig | None = None
     hang_minutes: float = 30.0  # a phase that lasts longer is said, with the rank and its stack; 0: never
     why: dict[str, str] = field(default_factory=dict)  # for readers: why a key has the value it has; nothing reads it
