@@ -180,8 +180,7 @@ def main(config):
                             new, *group.loss_inputs(rows), beta=beta, epsilon=config.epsilon,
                             epsilon_high=config.epsilon_high, loss_type=config.loss_type, num_items=num_items,
                             max_completion_length=config.max_completion_length)
-                        # bnpo divides by each group's own tokens, so that the step is a mean of groups
-                        parts.append(part / config.prompts_per_step if config.loss_type == "bnpo" else part)
+                        parts.append(part)
                         metrics["entropy"] = masked_mean(entropy, group.mask[rows])
                         if iteration == 0 and group.rollout.sampling_logps is not None:
                             metrics["sampling/kl"] = sampling_kl(

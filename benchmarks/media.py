@@ -5,13 +5,11 @@
 
 Each way gives 2 frames a second, at most 32, of at most 128 x 28 x 28 pixels, and mono sound at 16 kHz. "ffmpeg" decodes
 every frame and all sound and throws them away: the cost of decoding alone, without colours, resizing and resampling.
-What media_cache gains is hov2 with the clip on disk from an earlier reading. The peers are optional:
-`pip install qwen-omni-utils[decord] torchcodec` and the `ffmpeg` program, which they read sound with; what is missing is
-said and left out. CPU seconds are those of all threads and child processes.
+The peers are optional: `pip install qwen-omni-utils[decord] torchcodec` and the `ffmpeg` program, which they read sound
+with; what is missing is said and left out. CPU seconds are those of all threads and child processes.
 """
 
 import argparse
-import functools
 import importlib.util
 import os
 import resource
@@ -28,7 +26,6 @@ import numpy as np
 import torch
 
 from hov2.data.media import read_media
-from hov2.data.media_cache import MediaCache
 
 FPS, MAX_FRAMES, MIN_PIXELS, MAX_PIXELS = 2.0, 32, 4 * 28 * 28, 128 * 28 * 28
 PEERS = ("torchcodec", "decord")
@@ -82,17 +79,14 @@ def setup(name, small):
     """Imports what the way needs, reads a small clip so that nothing is done for the first time; what fails, raises."""
     global read, memory  # of this process
     warnings.simplefilter("ignore")
-    if name == "media_cache":
-        read = functools.partial(read_hov2, reader=MediaCache(Path(small).with_name("cache"), 1).read)
-    else:
-        read = {"hov2": read_hov2, "ffmpeg": decode_all}.get(name) or peer(name)
+    read = {"hov2": read_hov2, "ffmpeg": decode_all}.get(name) or peer(name)
     read(small)
     memory = kit.Memory()
 
 
-def read_hov2(path, reader=read_media):
+def read_hov2(path):
     """(frames, samples) by hov2."""
-    media = reader(path, fps=FPS, max_frames=MAX_FRAMES, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)
+    media = read_media(path, fps=FPS, max_frames=MAX_FRAMES, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)
     return media.frames, media.audio
 
 
@@ -158,12 +152,11 @@ def run(job, folder):
     small = str(Path(folder, "small.mp4"))
     make_clip(small, 2, 320, 240, 10, "libx264", {}, "aac")
     absent = {peer: why for peer in PEERS if (why := missing(peer))}
-    ways = ["hov2", "media_cache", "ffmpeg", *(peer for peer in PEERS if peer not in absent)]
+    ways = ["hov2", "ffmpeg", *(peer for peer in PEERS if peer not in absent)]
     workers = kit.Workers(ways, job.threads, setup, small)
     result = {"clips": {}, "absent": absent, "job": vars(job)}
     for clip, path in clips.items():
         runs = {way: [] for way in ways}
-        workers.call("media_cache", measure, path)  # decodes and writes
         for _, way in kit.interleaved(ways, job.repeats):
             runs[way].append(workers.call(way, measure, path))
         result["clips"][clip] = {way: of_way[0] | {key: kit.median([r[key] for r in of_way])
@@ -185,7 +178,7 @@ def report(result):
     print(f"\n{kit.machine()}; medians of {result['job']['repeats']}")
     for way, why in result["absent"].items():
         print(f"{way}: not measured, {why}")
-    ways = [way for way in next(iter(result["clips"].values())) if way != "media_cache"]
+    ways = list(next(iter(result["clips"].values())))
     peers = [way for way in ways if way in PEERS]
     rows, gains = [], []
     for clip, found in result["clips"].items():
@@ -198,8 +191,6 @@ def report(result):
     kit.print_table(["CPU s", *ways, "best peer / hov2", "hov2 / ffmpeg", "hov2 MiB", "least of peers, MiB"], rows)
     if peers:
         print(f"median gain over the faster peer: {statistics.median(gains):.2f}")
-    print("CPU seconds of decoding over those of reading from media_cache: " + ", ".join(
-        f"{clip} {found['hov2']['cpu'] / found['media_cache']['cpu']:.0f}" for clip, found in result["clips"].items()))
     for clip, found in result["clips"].items():
         print(f"{clip}: " + "; ".join(f"{way} frames {found[way]['frames']}, {found[way]['samples']} samples"
                                       for way in ways if way != "ffmpeg"))

@@ -111,8 +111,6 @@ class BaseConfig(Checked):
     max_prompt_length: int | None = None  # tokens, media included
     on_long_prompt: Literal["error", "skip", "fewer_frames"] = "error"
     encoding_cache: int = 0  # clips whose tower outputs are kept in memory (the towers are frozen, so this is exact)
-    media_cache: str | None = None  # folder for decoded clips, shared by all ranks and runs; null: decoded each time
-    media_cache_gib: float = 20.0  # of them at most; the longest unused are removed
     judge: JudgeConfig | None = None
     hang_minutes: float = 30.0  # a phase that lasts longer is said, with the rank and its stack; 0: never
     why: dict[str, str] = field(default_factory=dict)  # for readers: why a key has the value it has; nothing reads it
@@ -131,7 +129,7 @@ class TrainConfig(BaseConfig):
     adam_beta2: float = 0.999
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    optimizer_states: Literal["float32", "bfloat16", "cpu"] = "float32"  # AdamW's moments: optim.RestingAdamW
+    optimizer_states: Literal["float32", "cpu"] = "float32"  # cpu: AdamW's moments in the host's memory; slower steps
     lora: LoRAConfig | None = None  # null: all of the decoder's weights are trained
     gradient_checkpointing: bool = True
     logprob_chunk: int = 128  # tokens whose logits exist at a time
@@ -186,7 +184,7 @@ class GRPOConfig(TrainConfig):
     beta: float = 0.04
     epsilon: float = 0.2
     epsilon_high: float | None = None  # None: epsilon
-    loss_type: Literal["token", "grpo", "dr_grpo", "bnpo"] = "token"
+    loss_type: Literal["token", "grpo", "dr_grpo"] = "token"
     scale_rewards: bool = False
     reward_weights: dict[Literal[REWARDS], float] = field(default_factory=lambda: {"format": 1.0, "accuracy": 1.0})
     credit: Literal["seen", "inside", "released"] = "seen"
@@ -205,8 +203,6 @@ class GRPOConfig(TrainConfig):
         _need(self.judge or not judged,
               f"reward_weights: {' and '.join(judged)} needs a judge; give one as `judge`, or leave it out")
         _need(self.num_generations >= 2, f"num_generations: at least 2, to compare them; got {self.num_generations}")
-        _need(self.loss_type != "bnpo" or not self.completions_per_forward,
-              "completions_per_forward: not with loss_type bnpo, whose divisor it would change")
         _need(self.temperature > 0, f"temperature: greater than 0, equals teach nothing; got {self.temperature}")
 
 

@@ -136,7 +136,6 @@ def grpo_loss(per_token_logps, old_per_token_logps, ref_per_token_logps, advanta
     | token (DAPO)  | sum of its tokens  | `num_items`: completion tokens of the whole step (default: the mask's sum) |
     | grpo          | mean of its tokens | `num_items`: completions of the whole step (default: B) |
     | dr_grpo       | sum of its tokens  | `num_items` (default: B) times `max_completion_length` |
-    | bnpo          | sum of its tokens  | the mask's sum, always: local, so it depends on how the step is split |
 
     Returns (loss, metrics); metrics are detached means over the mask's tokens: `kl`, `clip_ratio/low`,
     `clip_ratio/high`. Source: method.md "Loss"; equal to TRL's values and gradients with its plain k3 KL.
@@ -149,9 +148,10 @@ def grpo_loss(per_token_logps, old_per_token_logps, ref_per_token_logps, advanta
                         epsilon=epsilon, epsilon_high=epsilon_high)
     mask = completion_mask.to(per_token_logps.dtype)
     per_token = (terms["policy_loss"] + beta * terms["kl"]) * mask
-    if loss_type in ("token", "bnpo"):
-        local = mask.sum().clamp(min=1)
-        loss = per_token.sum() / (local if num_items is None or loss_type == "bnpo" else num_items)
+    if loss_type == "token":
+        if num_items is None:
+            num_items = mask.sum().clamp(min=1)
+        loss = per_token.sum() / num_items
     elif loss_type == "grpo":
         loss = (per_token.sum(1) / mask.sum(1).clamp(min=1)).sum() / (num_items or len(mask))
     elif loss_type == "dr_grpo":
@@ -159,7 +159,7 @@ def grpo_loss(per_token_logps, old_per_token_logps, ref_per_token_logps, advanta
             raise ValueError("loss_type dr_grpo needs max_completion_length")
         loss = per_token.sum() / ((num_items or len(mask)) * max_completion_length)
     else:
-        raise ValueError(f"unknown loss_type {loss_type!r}; known: token, grpo, dr_grpo, bnpo")
+        raise ValueError(f"unknown loss_type {loss_type!r}; known: token, grpo, dr_grpo")
     names = {"kl": "kl", "clip_ratio/low": "clipped_low", "clip_ratio/high": "clipped_high"}
     metrics = {key: masked_mean(terms[name].detach(), mask) for key, name in names.items()}
     return loss, metrics

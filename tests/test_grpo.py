@@ -155,7 +155,7 @@ def test_epsilon_high_raises_the_upper_bound_only():
     assert terms["clipped_high"].tolist() == [[False, False]] and terms["clipped_low"].tolist() == [[False, True]]
 
 
-@pytest.mark.parametrize("loss_type, divisor", [("token", 5), ("bnpo", 5), ("dr_grpo", 2 * 8)])
+@pytest.mark.parametrize("loss_type, divisor", [("token", 5), ("dr_grpo", 2 * 8)])
 def test_normalisers(loss_type, divisor):
     mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]])
     loss, _ = grpo_loss(torch.zeros(2, 4), None, None, torch.tensor([1.0, 3.0]), mask, beta=0, loss_type=loss_type,
@@ -194,7 +194,10 @@ def test_beta_without_reference_is_refused():
         grpo_loss(torch.zeros(1, 1), None, None, torch.zeros(1), torch.ones(1, 1), beta=0.04)
 
 
-@pytest.mark.parametrize("case", GOLDEN["loss_cases"], ids=lambda c: c["name"])
+LOSS_CASES = [case for case in GOLDEN["loss_cases"] if case["config"]["loss_type"] != "bnpo"]  # hov2 has no bnpo
+
+
+@pytest.mark.parametrize("case", LOSS_CASES, ids=lambda c: c["name"])
 def test_loss_and_gradients_equal_trl(case):
     inputs, config = GOLDEN["inputs"], case["config"]
     logps = tensor(inputs["logps"]).requires_grad_()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hov2.config import TrainConfig
-from hov2.engine.optim import learning_rate, make_optimizer, round_at_random, update
+from hov2.engine.optim import learning_rate, make_optimizer, update
 
 
 def rates(**kwargs):
@@ -27,11 +27,14 @@ def test_warmup_rises_to_the_peak_then_decays():
     assert rates(warmup_steps=2) == pytest.approx([1 / 3, 2 / 3, 1.0, 0.5])
 
 
+def config_of(**settings):
+    return TrainConfig(model="", output_dir="", data=[], **settings)
+
+
 def setup(**settings):
     policy = torch.nn.Linear(2, 1, bias=False)
     torch.nn.init.ones_(policy.weight)
-    config = TrainConfig(model="", output_dir="", data=[], **settings)
-    return policy, make_optimizer(policy, config)
+    return policy, make_optimizer(policy, config_of(**settings))
 
 
 def test_gradients_are_clipped_to_the_norm_and_cleared():
@@ -73,26 +76,20 @@ def test_states_on_the_cpu_give_the_same_numbers():
     assert torch.equal(weights_after(gradients)[0], weights_after(gradients, optimizer_states="cpu")[0])
 
 
-def test_states_in_bfloat16_follow_gradients_that_grow_small():
-    # rounded to the nearest, the second moment of the first gradients would stay, and hold all later updates down
-    gradients = torch.randn(1500, 1, 2, generator=torch.Generator().manual_seed(0))
-    gradients[20:] = 0.01 + 0.001 * gradients[20:]
-    exact, _ = weights_after(gradients)
-    ours, optimizer = weights_after(gradients, optimizer_states="bfloat16")
-    assert {t.dtype for state in optimizer.state.values() for t in state.values()} == {torch.float32, torch.bfloat16}
-    torch.testing.assert_close(ours, exact, atol=0, rtol=0.1)
-
-
-def test_states_come_back_as_they_rest():
+def test_states_on_the_cpu_come_back_equal_and_stay_there():
     gradients = torch.randn(3, 1, 2, generator=torch.Generator().manual_seed(0))
-    policy, optimizer = setup(optimizer_states="bfloat16")
-    optimizer.load_state_dict(weights_after(gradients, optimizer_states="bfloat16")[1].state_dict())
+    _, saved = weights_after(gradients, optimizer_states="cpu")
+    policy = torch.nn.Linear(2, 1, bias=False, device="meta")  # stands for a GPU
+    optimizer = make_optimizer(policy, config_of(optimizer_states="cpu"))
+    optimizer.load_state_dict(saved.state_dict())
+    [before] = saved.state.values()
     state = optimizer.state[policy.weight]
-    assert state["step"] == 3 and state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.bfloat16
+    assert state.keys() == before.keys() and state["step"] == 3
+    for name, value in before.items():
+        assert state[name].device.type == "cpu" and torch.equal(state[name], value)
 
 
-def test_rounding_is_right_on_average_and_keeps_what_is_exact():
-    values = torch.tensor([1.001, -3e-5, 0.0, 1.5, float("inf")]).repeat(20000, 1)
-    rounded = round_at_random(values, torch.Generator().manual_seed(0)).float()
-    torch.testing.assert_close(rounded[:, :4].mean(0), values[0, :4], rtol=2e-4, atol=0)
-    assert len(rounded[:, 0].unique()) == 2 and (rounded[:, 2:] == values[:, 2:]).all()
+def test_a_parameter_without_gradient_stays_as_it_is():
+    policy, optimizer = setup(optimizer_states="cpu")
+    optimizer.step()
+    assert policy.weight.tolist() == [[1.0, 1.0]] and not optimizer.state

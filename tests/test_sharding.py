@@ -24,7 +24,7 @@ def lab(tmp_path_factory):
     tiny_tokenizer().save_pretrained(lab / "model")
     launch(lab, 1, {"full-1": FULL, "lora-1": LORA})
     launch(lab, 2, {"full-2": FULL, "lora-2": LORA, "cpu-2": {"optimizer_states": "cpu"},
-                    "bfloat16-2": {"optimizer_states": "bfloat16", "dtype": "bfloat16"}})
+                    "bfloat16-2": {"dtype": "bfloat16"}})
     launch(lab, 4, {"full-4": {"shard_within_node": True}, "lora-4": LORA | {"shard_within_node": True}}, node=2)
     return lab
 

@@ -55,7 +55,7 @@ def single_process_runs(lab):
     for kind in LOSSES:
         runs.append(run(lab, "grpo", f"{kind}-1", f"loss_type={kind}", "save_steps=1"))
         runs.append(run(lab, "grpo", f"{kind}-batch", f"loss_type={kind}", "per_device_train_batch_size=3"))
-    runs.append(run(lab, "grpo", "bnpo", "loss_type=bnpo", "beta=0.0", "scale_rewards=true", "credit=released",
+    runs.append(run(lab, "grpo", "switches", "beta=0.0", "scale_rewards=true", "credit=released",
                     "max_steps=1", "gate_threshold=0.4"))
     runs.append(run(lab, "grpo", "masked", "mask_truncated_completions=true", "max_steps=1", "max_completion_length=1"))
     runs.append(run(lab, "grpo", "token-chunks", "completions_per_forward=3", "profile_steps=[1]"))
@@ -240,7 +240,7 @@ def test_train_on_prompt_counts_the_prompts_text_too(lab):
 
 
 def test_other_switches_run(lab):
-    line = metrics(lab, "bnpo")[0]
+    line = metrics(lab, "switches")[0]
     assert line["kl"] == 0 and line["beta"] == 0 and line["rewards/context/mean"] is not None and line["loss"] != 0
 
 

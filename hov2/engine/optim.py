@@ -3,75 +3,93 @@
 import math
 
 import torch
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
+from hov2.config import TrainConfig
 from hov2.distributed import local
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's names for AdamW's two states
 
-
-def make_optimizer(policy, config):
+def make_optimizer(policy: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW over the parameters that are trained, with the config's betas and weight decay."""
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    settings = {"lr": config.learning_rate, "betas": (config.adam_beta1, config.adam_beta2),
-                "weight_decay": config.weight_decay}
-    if config.optimizer_states == "float32":
-        on_cuda = trained[0].device.type == "cuda"  # one kernel: the others take copies of all weights for a moment
-        return torch.optim.AdamW(trained, fused=on_cuda, **settings)
-    return RestingAdamW(trained, rest=config.optimizer_states, **settings)
+    trained = trained_parameters(policy)
+    settings = {
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "weight_decay": config.weight_decay,
+    }
+    if config.optimizer_states == "cpu":
+        return CPUStatesAdamW(trained, **settings)
+    on_cuda = trained[0].device.type == "cuda"  # one kernel: the others take copies of all weights for a moment
+    return torch.optim.AdamW(trained, fused=on_cuda, **settings)
 
 
-class RestingAdamW(torch.optim.Optimizer):
-    """AdamW whose moments rest in little memory, and are float32 only while their own parameter is updated.
+def trained_parameters(policy: nn.Module) -> list[nn.Parameter]:
+    """The parameters that get gradients."""
+    return [parameter for parameter in policy.parameters() if parameter.requires_grad]
 
-    `rest` "cpu": float32 in the host's memory. The same numbers as torch's AdamW, but each step moves 16 bytes a
-    parameter between host and device.
-    `rest` "bfloat16": half the memory, approximate. A moment is kept to 8 bits; which way it is rounded is drawn, so
-    that it is right on average (rounded to the nearest, a second moment at beta2 0.999 could never fall). The draws
-    come from the update's number alone; sharded otherwise, a weight gets other draws.
+
+class CPUStatesAdamW(torch.optim.Optimizer):
+    """AdamW with moments stored on the CPU, which visit the device while their own parameter is updated.
+
+    The numbers are those of torch's AdamW, but each step moves 16 bytes a parameter between host and device. Beside a
+    GPU the moments are in pinned memory, which it copies faster, and which PyTorch rounds up to a power of two.
     """
 
-    def __init__(self, parameters, rest, **settings):
-        super().__init__(parameters, settings)
-        self.rest = rest
+    def __init__(self, parameters: list[nn.Parameter], lr: float, betas: tuple[float, float], weight_decay: float):
+        super().__init__(parameters, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure=None):
-        """One update of every parameter that has a gradient; `closure` must be None."""
+    def step(self, closure: None = None) -> None:
+        """Update every parameter that has a gradient; `closure` must be None."""
         for group in self.param_groups:
-            for number, parameter in enumerate(group["params"]):
+            for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, group, number)
+                    self._update(parameter, group)
 
-    def _update(self, parameter, group, number):
-        state, (beta1, beta2) = self.state[parameter], group["betas"]
+    def _update(self, parameter: nn.Parameter, group: dict) -> None:
+        state = self.state[parameter]
         if not state:
-            kind = {"device": "cpu"} if self.rest == "cpu" else {"dtype": torch.bfloat16}
-            state |= {"step": torch.tensor(0.0), **{name: torch.zeros_like(parameter, **kind) for name in MOMENTS}}
+            state["step"] = torch.tensor(0.0)
+            for name in ("exp_avg", "exp_avg_sq"):  # torch's names for AdamW's moments
+                state[name] = torch.zeros_like(parameter, device="cpu", pin_memory=parameter.is_cuda)
         weight = local(parameter)
-        first, second = (local(state[name]).to(weight.device, weight.dtype) for name in MOMENTS)
-        adamw([weight], [local(parameter.grad)], [first], [second], [], [state["step"]], foreach=False, amsgrad=False,
-              beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=1e-8, maximize=False)
-        generator = torch.Generator(weight.device).manual_seed(int(state["step"]) << 20 | number)
-        for name, moment in zip(MOMENTS, (first, second)):
-            local(state[name]).copy_(moment if self.rest == "cpu" else round_at_random(moment, generator))
+        first_at_rest = local(state["exp_avg"])
+        second_at_rest = local(state["exp_avg_sq"])
+        first = first_at_rest.to(weight.device)  # on a CPU the same tensor
+        second = second_at_rest.to(weight.device)
+        beta1, beta2 = group["betas"]
+        adamw(
+            [weight],
+            [local(parameter.grad)],
+            [first],
+            [second],
+            [],
+            [state["step"]],
+            foreach=False,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=1e-8,
+            maximize=False,
+        )
+        first_at_rest.copy_(first)
+        second_at_rest.copy_(second)
 
-    def load_state_dict(self, state_dict):
-        """Takes the moments as they rest; torch's own would make them float32 on the parameters' device."""
-        places = [i for group in state_dict["param_groups"] for i in group["params"]]
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        self.state.update({p: state_dict["state"][i] for i, p in zip(places, parameters) if i in state_dict["state"]})
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Take the moments as they are; torch's own would move them to the parameters' device."""
+        for group, saved_group in zip(self.param_groups, state_dict["param_groups"]):
+            for parameter, number in zip(group["params"], saved_group["params"]):
+                if number in state_dict["state"]:
+                    self.state[parameter] = state_dict["state"][number]
 
 
-def round_at_random(values, generator):
-    """float32 -> bfloat16, up or down with the chances that make it right on average; infinities and NaN stay."""
-    noise = torch.randint(0, 1 << 16, values.shape, generator=generator, device=values.device, dtype=torch.int32)
-    rounded = (values.view(torch.int32) + noise & -1 << 16).view(torch.float32)  # bfloat16 is float32's upper half
-    return torch.where(values.isfinite(), rounded, values).to(torch.bfloat16)
-
-
-def learning_rate(update, total_updates, peak, schedule="linear", warmup_steps=0):
+def learning_rate(
+    update: int, total_updates: int, peak: float, schedule: str = "linear", warmup_steps: int = 0
+) -> float:
     """Learning rate of update number `update` (from 0) of `total_updates`.
 
     Linear warm-up over `warmup_steps` updates, then `linear` to 0, `cosine` to 0, or `constant`.
@@ -79,18 +97,25 @@ def learning_rate(update, total_updates, peak, schedule="linear", warmup_steps=0
     if update < warmup_steps:
         return peak * (update + 1) / (warmup_steps + 1)
     progress = (update - warmup_steps) / max(1, total_updates - warmup_steps)
-    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
-    return peak * {"linear": 1.0 - progress, "cosine": cosine, "constant": 1.0}[schedule]
+    if schedule == "linear":
+        return peak * (1.0 - progress)
+    if schedule == "cosine":
+        return peak * 0.5 * (1.0 + math.cos(math.pi * progress))
+    if schedule == "constant":
+        return peak
+    raise ValueError(f"unknown schedule {schedule!r}; known: linear, cosine, constant")
 
 
-def clip_gradients(policy, max_norm):
-    """Clips the gradients' global norm to `max_norm`; returns the norm before clipping, a plain tensor."""
-    norm = torch.nn.utils.clip_grad_norm_([p for p in policy.parameters() if p.requires_grad], max_norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+def clip_gradients(policy: nn.Module, max_norm: float) -> Tensor:
+    """Clip the gradients' global norm to `max_norm`; return the norm before clipping, a plain tensor."""
+    norm = nn.utils.clip_grad_norm_(trained_parameters(policy), max_norm)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    return norm
 
 
-def update(policy, optimizer, rate, max_grad_norm):
-    """Clips, steps and clears the gradients; returns the norm before clipping, a float.
+def update(policy: nn.Module, optimizer: torch.optim.Optimizer, rate: float, max_grad_norm: float) -> float:
+    """Clip, step and clear the gradients; return the norm before clipping.
 
     A norm that is not finite, the same on all ranks, skips the step: weights and optimiser stay as they are.
     """

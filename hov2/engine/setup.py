@@ -13,7 +13,6 @@ from hov2.config_help import help_text
 from hov2.config_io import config_from_argv, save_config
 from hov2.data.formats import DataError
 from hov2.data.inputs import InputMaker
-from hov2.data.media_cache import MediaCache
 from hov2.distributed import print0
 from hov2.engine import guard
 from hov2.engine.checkpoint import CheckpointError
@@ -56,9 +55,7 @@ def start(config, device, trained=True):
     tokenizer = load_tokenizer(config.model)
     policy = load_policy(config, device, trained)
     encoder = Encoder(policy.thinker, device, config.encoding_cache)
-    cache = MediaCache(config.media_cache, config.media_cache_gib) if config.media_cache else None
-    make = InputMaker(tokenizer, prompts, config.media, config.max_prompt_length, config.on_long_prompt, encoder.known,
-                      cache)
+    make = InputMaker(tokenizer, prompts, config.media, config.max_prompt_length, config.on_long_prompt, encoder.known)
     return Run(config, device, policy, tokenizer, make, encoder, judge)
 
 

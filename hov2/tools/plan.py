@@ -47,7 +47,7 @@ def shapes_of(thinker, lora=None):
 
 def held(shapes, config, gpus, width=2):
     """{what: bytes} that a GPU holds all the time; `width`: bytes of a number in the compute type."""
-    states = {"float32": 2 * FLOAT, "bfloat16": 4, "cpu": 0}[config.optimizer_states]
+    states = 0 if config.optimizer_states == "cpu" else 2 * FLOAT
     frozen = width * shapes.decoder if shapes.lora else 0
     return {
         "weights": (frozen + FLOAT * shapes.trained) // gpus,
