@@ -20,10 +20,12 @@ token to token, the loss is summed over the tokens of the whole step, and the KL
 is in hov2/grpo.py and nowhere else.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from hov2 import distributed, toy
 from hov2.config import GRPOConfig
@@ -52,37 +54,32 @@ from hov2.model.prefix import group_logps
 from hov2.model.rollout import Rollout, generate, make_generator, sampling_for
 from hov2.model.thinker import load_reference, set_training
 from hov2.model.weights import export
-from hov2.scoring import Scorer
+from hov2.scoring import Score, Scorer
 from hov2.spans import completion_texts, completion_tokens, find_block, span_masks, text_offsets
 
 
 @dataclass
 class Group:
-    """G completions of one prompt, and what a step finds out about them; C completion tokens."""
+    """G completions of one prompt, and what the stages of a step find out about them; C completion tokens."""
 
+    # 1. prompts
     slot: int  # place in the step, over all ranks
     index: int  # of the sample in the data
     sample: Sample
     prompt: Prompt
-    rollout: Rollout = None
-    token_bytes: list = None  # G lists of bytes, one a token of the completion
-    texts: list = None  # G strings, without the end-of-turn token
-    mask: torch.Tensor = None  # (G, C): tokens that count in the loss
-    scores: dict = None  # reward name -> G scoring.Score
-    credits: dict = None  # reach ("full", "context", "logic") -> (G, C)
-    ref_logps: torch.Tensor = None  # (G, C)
-    old_logps: torch.Tensor = None  # (G, C), of the first update's own forward pass
-    logps: torch.Tensor = None  # (G, C), of the latest update
-
-    @property
-    def advantages(self):
-        """The advantage of each token, the sum of its credits: (G, C)."""
-        return sum(self.credits.values())
-
-    def loss_inputs(self, rows):
-        """What grpo_loss takes besides the policy's log-probs, of these completions."""
-        ref_logps = None if self.ref_logps is None else self.ref_logps[rows]
-        return self.old_logps[rows], ref_logps, self.advantages[rows], self.mask[rows]
+    # 2. filled by `sample_completions`
+    rollout: Rollout | None = None
+    token_bytes: list[list[bytes]] | None = None  # the tokens of each completion
+    texts: list[str] | None = None  # of each completion, without the end-of-turn token
+    mask: Tensor | None = None  # (G, C): tokens that count in the loss
+    # 4. to 6. filled in the loop
+    ref_logps: Tensor | None = None  # (G, C); None without a reference
+    scores: dict[str, list[Score]] | None = None  # reward name -> G scores
+    credits: dict[str, Tensor] | None = None  # reach ("full", "context", "logic") -> (G, C): the parts of `advantages`
+    advantages: Tensor | None = None  # (G, C)
+    # 7. filled by the updates
+    old_logps: Tensor | None = None  # (G, C), of the first update's own forward pass
+    logps: Tensor | None = None  # (G, C), of the latest update
 
 
 def main(config):
@@ -157,8 +154,9 @@ def main(config):
                                        credit=config.credit)
         for i, group in enumerate(groups):
             masks = completion_masks(group, config.credit)
-            group.credits = {name: credit({name: of_groups[i].to(device)}, masks)
-                             for name, of_groups in advantages.items()}
+            of_group = {reach: of_groups[i].to(device) for reach, of_groups in advantages.items()}
+            group.credits = {reach: of_group[reach][:, None] * masks[reach] for reach in of_group}
+            group.advantages = credit(of_group, masks)
 
         # --- 7. Update: the same rollouts, num_iterations times -------------------------------------------------------
         num_items = items_of_step(groups, config)
@@ -169,28 +167,37 @@ def main(config):
                 rate = optim.learning_rate(update, updates, config.learning_rate, config.lr_scheduler,
                                            config.warmup_steps)
                 for batch in batches:
-                    policy.set_requires_gradient_sync(batch is batches[-1])
+                    policy.set_requires_gradient_sync(batch is batches[-1])  # gradients cross ranks once an update
                     logps, entropies = forward(policy, batch, config)
-                    parts = []
-                    for (group, rows), new, entropy in zip(batch, logps, entropies):
-                        group.logps[rows] = new.detach()
+                    losses = []
+                    for (group, rows), new_logps, entropy in zip(batch, logps, entropies):
+                        group.logps[rows] = new_logps.detach()
                         if iteration == 0:
-                            group.old_logps[rows] = new.detach()  # exact, and without a pass of its own
-                        part, metrics = grpo_loss(
-                            new, *group.loss_inputs(rows), beta=beta, epsilon=config.epsilon,
-                            epsilon_high=config.epsilon_high, loss_type=config.loss_type, num_items=num_items,
-                            max_completion_length=config.max_completion_length)
-                        parts.append(part)
-                        metrics["entropy"] = masked_mean(entropy, group.mask[rows])
-                        if iteration == 0 and group.rollout.sampling_logps is not None:
-                            metrics["sampling/kl"] = sampling_kl(
-                                new, group.rollout.sampling_logps[rows], group.mask[rows])
-                        for name, value in metrics.items():
-                            means.add(name, value, weight=group.mask[rows].sum())
-                    loss = sum(parts) * distributed.world_size()  # FSDP averages gradients over ranks; ours is a sum
-                    guard.backward(loss)
+                            group.old_logps[rows] = new_logps.detach()  # exact, and without a pass of its own
+                        loss, metrics = grpo_loss(
+                            per_token_logps=new_logps,
+                            old_per_token_logps=group.old_logps[rows],
+                            ref_per_token_logps=None if group.ref_logps is None else group.ref_logps[rows],
+                            advantages=group.advantages[rows],
+                            completion_mask=group.mask[rows],
+                            beta=beta,
+                            epsilon=config.epsilon,
+                            epsilon_high=config.epsilon_high,
+                            loss_type=config.loss_type,
+                            num_items=num_items,
+                            max_completion_length=config.max_completion_length,
+                        )
+                        losses.append(loss)
+                        log_update(means, group, rows, metrics, entropy, first=iteration == 0)
+                    loss = sum(losses) * distributed.world_size()  # FSDP averages gradients over ranks; ours is a sum
                     means.add("loss", loss * len(batches))  # the mean over ranks and batches is then the step's loss
-                grad_norm = optim.update(policy, optimizer, rate, config.max_grad_norm)
+                    loss = guard.note_loss(loss)  # one that is not finite shows in the gradient's norm, on all ranks
+                    loss.backward()
+                grad_norm = optim.clip_gradients(policy, config.max_grad_norm).item()  # waits for the device
+                if math.isfinite(grad_norm):  # the same on all ranks; else weights and optimizer stay as they are
+                    optim.set_learning_rate(optimizer, rate)
+                    optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
                 guard.check_update(step, grad_norm, [[group.sample.id for group, _ in batch] for batch in batches])
 
         # --- 8. Log: metrics, rollouts, held-out questions, checkpoint ------------------------------------------------
@@ -218,10 +225,11 @@ def main(config):
 def sample_completions(run, groups, sampling, step):
     """Fills each group's rollout, texts and tokens. Random numbers come from (seed, step, sample and its slot)."""
     config = run.config
+    prompts = [group.prompt for group in groups]
     generators = [make_generator(run.device, config.seed, step, group.index, group.slot) for group in groups]
     with torch.no_grad(), distributed.unsharded(run.policy):  # weights gathered once: decoding talks to no other rank
-        rollouts = run.policy(generate, [group.prompt for group in groups], config.num_generations, sampling,
-                              generators)
+        # `policy(function, ...)` is `function(thinker, ...)`: FSDP has whole weights only within a call of the policy
+        rollouts = run.policy(generate, prompts, config.num_generations, sampling, generators)
     for group, rollout in zip(groups, rollouts):
         group.rollout = rollout
         group.token_bytes = completion_tokens(run.tokenizer, rollout)
@@ -288,6 +296,16 @@ def log_scores(means, groups, rewards):
         means.add("completions/clipped_ratio", group.rollout.truncated)
         for tag in ("context", "think"):
             means.add(f"spans/{tag}_found", [find_block(text, tag) is not None for text in group.texts])
+
+
+def log_update(means, group, rows, metrics, entropy, first):
+    """The metrics of one forward pass over a group's `rows`; each token counts the same."""
+    mask = group.mask[rows]
+    metrics = metrics | {"entropy": masked_mean(entropy, mask)}
+    if first and group.rollout.sampling_logps is not None:
+        metrics["sampling/kl"] = sampling_kl(group.logps[rows], group.rollout.sampling_logps[rows], mask)
+    for name, value in metrics.items():
+        means.add(name, value, weight=mask.sum())
 
 
 def log_rewards(means, full):

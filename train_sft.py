@@ -8,6 +8,8 @@ batches together: one global count, so that the result doesn't depend on how the
 """
 
 
+import math
+
 import torch
 
 from hov2 import distributed, toy
@@ -65,10 +67,15 @@ def main(config):
                 policy.set_requires_gradient_sync(micro_batch is micro_batches[-1])
                 logps = label_logps(policy, micro_batch, config)
                 loss = -logps.sum() / num_items * distributed.world_size()  # FSDP averages over ranks; ours is a sum
-                guard.backward(loss)
                 means.add("loss", loss * len(micro_batches))  # the mean over ranks and batches is then the step's loss
+                loss = guard.note_loss(loss)  # one that is not finite shows in the gradient's norm, on all ranks
+                loss.backward()
+            grad_norm = optim.clip_gradients(policy, config.max_grad_norm).item()  # waits for the device
             rate = optim.learning_rate(step, steps, config.learning_rate, config.lr_scheduler, config.warmup_steps)
-            grad_norm = optim.update(policy, optimizer, rate, config.max_grad_norm)
+            if math.isfinite(grad_norm):  # the same on all ranks; else weights and optimizer stay as they are
+                optim.set_learning_rate(optimizer, rate)
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
             ids = [sample.id for _, sample, _ in loaded]
             guard.check_update(step, grad_norm, [ids[i:i + n] for i in range(0, len(ids), n)])
         set_training(policy, False, config.gradient_checkpointing)

@@ -29,7 +29,7 @@ from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
 
 from hov2 import distributed
 from hov2.config import GRPOConfig, LoRAConfig
-from hov2.engine.optim import make_optimizer, update
+from hov2.engine.optim import clip_gradients, make_optimizer
 from hov2.grpo import grpo_loss, sampling_kl
 from hov2.model.attention import use_own_parts
 from hov2.model.encoder import Encoder, Prompt
@@ -377,7 +377,9 @@ def step(way, optimizer, completions, watch, length):
         with watch("backward"):
             loss.backward()
     with watch("optimizer"):
-        found["grad_norm"] = update(policy, optimizer, 1e-6, 1.0)
+        found["grad_norm"] = clip_gradients(policy, 1.0).item()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return found
 
 

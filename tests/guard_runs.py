@@ -22,7 +22,7 @@ import torch
 from hov2 import distributed
 from hov2.config import GRPOConfig, SFTConfig
 from hov2.config_io import load_config
-from hov2.engine import guard
+from hov2.engine import guard, optim
 from hov2.engine.log import Timer
 
 
@@ -74,7 +74,8 @@ def train(config, sft, grpo):
     from hov2.engine import setup
 
     distributed.setup, distributed.cleanup = lambda _: torch.device("cpu"), lambda: None
-    train_grpo.Scorer, train_grpo.optim.update = HashScorer, checked(train_grpo.optim.update)
+    train_grpo.Scorer = HashScorer
+    check_that_bad_updates_change_nothing()
     setup.Judge = lambda config, prompts: type("Judge", (), {"check": lambda self: None, "config": config})()
     label_logps, forward, calls, signals = train_sft.label_logps, train_grpo.forward, [], []
 
@@ -107,22 +108,33 @@ def train(config, sft, grpo):
     fail(config)
 
 
-def checked(update):
-    """`optim.update` that sees to it that a norm that is not finite is so on all ranks, and changes nothing."""
-    def state(policy, optimizer):
-        tensors = [p.to_local() for p in policy.parameters() if p.requires_grad]
-        tensors += [torch.as_tensor(getattr(value, "_local_tensor", value)) for of_one in optimizer.state.values()
-                    for value in of_one.values()]
+def check_that_bad_updates_change_nothing():
+    """From here on, a gradient's norm that is not finite must be so on all ranks, and leave weights and states alone."""
+    make_optimizer, clip_gradients, check_update = optim.make_optimizer, optim.clip_gradients, guard.Guard.check_update
+    seen = {}
+
+    def state():
+        tensors = [p.to_local() for p in seen["policy"].parameters() if p.requires_grad]
+        for of_one in seen["optimizer"].state.values():
+            tensors += [torch.as_tensor(getattr(value, "_local_tensor", value)) for value in of_one.values()]
         return [tensor.clone() for tensor in tensors]
 
-    def checked_update(policy, optimizer, rate, max_grad_norm):
-        before = state(policy, optimizer)
-        norm = update(policy, optimizer, rate, max_grad_norm)
-        after = state(policy, optimizer)
+    def make(policy, config):
+        seen["policy"], seen["optimizer"] = policy, make_optimizer(policy, config)
+        return seen["optimizer"]
+
+    def clip(policy, max_norm):
+        seen["before"] = state()
+        return clip_gradients(policy, max_norm)
+
+    def check(self, step, norm, ids):
+        before, after = seen["before"], state()
         same = len(before) == len(after) and all(torch.equal(a, b) for a, b in zip(before, after))
         assert distributed.gather_objects(same) == distributed.gather_objects(math.isnan(norm))
-        return norm
-    return checked_update
+        assert all(p.grad is None for p in seen["policy"].parameters())
+        return check_update(self, step, norm, ids)
+
+    optim.make_optimizer, optim.clip_gradients, guard.Guard.check_update = make, clip, check
 
 
 if __name__ == "__main__":

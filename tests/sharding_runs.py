@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from hov2 import distributed
 from hov2.config import GRPOConfig, LoRAConfig
-from hov2.engine.optim import make_optimizer, update
+from hov2.engine.optim import clip_gradients, make_optimizer
 from hov2.model.lora import adapters_off
 from hov2.model.prefix import group_logps
 from hov2.model.rollout import Sampling, generate, make_generator
@@ -106,7 +106,9 @@ def train(config, device, out):
                 save_file({n: g.contiguous() for n, g in gradients.items()}, f"{out}.safetensors")
         if step == UPDATES - 1:
             step_end = held_bytes(policy, reference, optimizer=optimizer)
-        found["norms"].append(update(policy, optimizer, config.learning_rate, 1.0))
+        found["norms"].append(clip_gradients(policy, 1.0).item())
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     set_training(policy, False, True)
     found |= {"all": step_end, "after": no_gradient(policy)}
     with adapters_off():

@@ -64,7 +64,8 @@ def test_each_sign_is_said_once(capsys):
 @pytest.mark.parametrize("loss, finite", [(2.0, True), (float("inf"), False), (float("nan"), False)])
 def test_a_loss_that_is_not_finite_shows_in_the_gradient(loss, finite):
     weight = torch.ones(3, requires_grad=True)
-    Guard.backward(SimpleNamespace(_losses=[]), weight.sum() + loss)  # whose gradient alone would be finite
+    noted = Guard.note_loss(SimpleNamespace(_losses=[]), weight.sum() + loss)  # whose gradient alone would be finite
+    noted.backward()
     assert weight.grad.tolist() == [1.0] * 3 if finite else weight.grad.isnan().all()
 
 

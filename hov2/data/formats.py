@@ -14,14 +14,20 @@ it checks any other record. Fields that hov2 has no use for stay as they are, fo
 """
 
 import functools
+import io
 import json
 import os
 import re
 import string
 import wave
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
 
 INTENT_TRAIN = ("emer_rewrite.json", "social_iq_v2_rewrite.json", "Video-R1_rewrite.json")
 PARQUET_MEDIA = {"image": ".jpg", "audio": ".wav"}
@@ -32,12 +38,13 @@ class DataError(ValueError):
     """Data that has to be mended before the run can go on; the message names the file or the sample."""
 
 
-def files_of(name, path):
-    """The data files that an entry of format `name` means, as texts: a folder or a pattern can stand for several."""
+def files_of(name: str, path: str | Path) -> list[str]:
+    """Return the data files that an entry of format `name` means: a folder or a pattern can stand for several."""
     path = Path(path)
     if name == "humanomniv2" and path.is_dir():
         files = [path / file for file in INTENT_TRAIN]
-        if absent := [file.name for file in files if not file.is_file()]:
+        absent = [file.name for file in files if not file.is_file()]
+        if absent:
             raise DataError(f"{path}: the folder has no {absent[0]}; give each file that you have its own entry")
     elif name == "omniinstruct" and "*" in path.name:
         files = sorted(path.parent.glob(path.name))
@@ -48,69 +55,85 @@ def files_of(name, path):
     return [str(file) for file in files]
 
 
-def convert(name, record, root, where):
-    """A published `record` of format `name` as one of hov2's; `root` is the folder that its media paths start from,
-    `where` how an error begins."""
-    return CONVERTERS[name](record, root, where) if isinstance(record, dict) else record
+def convert(name: str, record: Any, root: Path, where: str) -> Any:
+    """Convert a published `record` of format `name` to one of hov2's; what isn't an object stays as it is.
+
+    `root` is the folder that its media paths start from, `where` how an error begins.
+    """
+    if not isinstance(record, dict):
+        return record
+    return CONVERTERS[name](record, root, where)
 
 
-def _hov2(record, *_):
+def _hov2(record: dict, root: Path, where: str) -> dict:
     return record
 
 
-def _humanomniv2(record, root, _):
+def _humanomniv2(record: dict, root: Path, where: str) -> dict:
     path = record.get("path", record.get("video"))
-    rest = {key: value for key, value in record.items() if key != "video"}
+    converted = {key: value for key, value in record.items() if key != "video"}
     if isinstance(path, str):
-        rest["path"] = str(Path(_unpacked_in(root, Path(path).parts[:1]), path))
-    return rest
+        top = Path(path).parts[:1]
+        converted["path"] = str(Path(_unpacked_in(root, top), path))
+    return converted
 
 
 @functools.lru_cache
-def _unpacked_in(root, top):
-    """ "videos" if the media folder `top` (its name in a tuple) is there and not beside the data file, else ""."""
-    return "videos" if not Path(root, *top).exists() and Path(root, "videos", *top).exists() else ""
+def _unpacked_in(root: Path, top: tuple[str, ...]) -> str:
+    """Return "videos" if the media folder `top` (its name in a tuple) is there and not beside the data file, else ""."""
+    beside = Path(root, *top).exists()
+    in_videos = Path(root, "videos", *top).exists()
+    return "videos" if in_videos and not beside else ""
 
 
-def _video_r1(record, _, where):
-    rest = {key: value for key, value in record.items() if key != "process"}
-    process, solution = record.get("process"), record.get("solution")
+def _video_r1(record: dict, root: Path, where: str) -> dict:
+    converted = {key: value for key, value in record.items() if key != "process"}
+    process = record.get("process")
+    solution = record.get("solution")
     if process and isinstance(solution, str):
         if not isinstance(process, str) or not re.fullmatch(r"\s*<think>.*</think>\s*", process, re.DOTALL):
             raise DataError(f"{where}: process: expected <think>...</think>, got {str(process)[:60]!r}")
-        rest["solution"] = f"{process.strip()}\n{solution}"
-    return rest
+        converted["solution"] = f"{process.strip()}\n{solution}"
+    return converted
 
 
-def _omniinstruct(record, _, where):
+def _omniinstruct(record: dict, root: Path, where: str) -> dict:
     for kind in PARQUET_MEDIA:
         if record[kind] is None:
             raise DataError(f"{where}: {kind}: the parquet file doesn't hold it")
-    answer, options = record["answer"], record.get("options")
+    answer = record["answer"]
+    options = record.get("options")
     if not isinstance(answer, str) or not answer.strip():
         raise DataError(f"{where}: answer: expected text, got {answer!r}")
     used = ("question", "options", "id", *PARQUET_MEDIA)
-    converted = {key: value for key, value in record.items() if key not in used} | {
-        "problem": record["question"], "problem_type": "multiple choice" if options else "free-form",
-        "data_type": "image_audio", "path": {kind: record[kind] for kind in PARQUET_MEDIA},
-    }
+    converted = {key: value for key, value in record.items() if key not in used}
+    converted["problem"] = record["question"]
+    converted["problem_type"] = "multiple choice" if options else "free-form"
+    converted["data_type"] = "image_audio"
+    converted["path"] = {kind: record[kind] for kind in PARQUET_MEDIA}
     if options:
         if answer not in options:
             raise DataError(f"{where}: answer: {answer!r} is none of the options")
         converted["options"] = [f"{letter}. {option}" for letter, option in zip(string.ascii_uppercase, options)]
         answer = string.ascii_uppercase[options.index(answer)]
-    return converted | {"solution": f"<answer>{answer}</answer>"}
+    converted["solution"] = f"<answer>{answer}</answer>"
+    return converted
 
 
-CONVERTERS = {"hov2": _hov2, "humanomniv2": _humanomniv2, "video-r1": _video_r1, "avqa-r1": _hov2,
-              "omniinstruct": _omniinstruct}
+CONVERTERS = {
+    "hov2": _hov2,
+    "humanomniv2": _humanomniv2,
+    "video-r1": _video_r1,
+    "avqa-r1": _hov2,
+    "omniinstruct": _omniinstruct,
+}
 
 
 # ---- Parquet ----
 
 
-def read_parquet(path, root):
-    """Yields (row number from 1, row) of a parquet file of OmniInstruct, `image` and `audio` being paths of files.
+def read_parquet(path: str | Path, root: str | Path) -> Iterator[tuple[int, dict]]:
+    """Yield (row number from 1, row) of a parquet file of OmniInstruct, `image` and `audio` being paths of files.
 
     The first reading writes these to the folder `root/<the file's name without .parquet>.media`: the bytes as they are
     in the parquet, called .jpg and .wav whatever their true form (readers look at the content), samples as 16-bit WAV.
@@ -135,44 +158,70 @@ def read_parquet(path, root):
                 _unpack(file, folder)
                 _replace(folder / UNPACKED, version)
             there = set(os.listdir(folder))
-            for number, row in _rows(file, [column for column in columns if column not in PARQUET_MEDIA]):
-                media = {kind: _media_file(folder, number, kind) for kind in PARQUET_MEDIA}
-                yield number, row | {kind: str(at) if at.name in there else None for kind, at in media.items()}
+            texts = [column for column in columns if column not in PARQUET_MEDIA]
+            for number, row in _rows(file, texts):
+                for kind in PARQUET_MEDIA:
+                    media_file = _media_file(folder, number, kind)
+                    row[kind] = str(media_file) if media_file.name in there else None
+                yield number, row
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{path}: can't be read: {error}") from None
 
 
-def _rows(file, columns, at_once=1024):
-    """Yields (row number from 1, row) of an open parquet file, read `at_once` rows at a time."""
-    return enumerate((row for batch in file.iter_batches(at_once, columns=columns) for row in batch.to_pylist()), 1)
+def _rows(file: "ParquetFile", columns: list[str], at_once: int = 1024) -> Iterator[tuple[int, dict]]:
+    """Yield (row number from 1, row) of an open parquet file, read `at_once` rows at a time."""
+    number = 0
+    for batch in file.iter_batches(at_once, columns=columns):
+        for row in batch.to_pylist():
+            number += 1
+            yield number, row
 
 
-def _unpack(file, folder):
-    """Writes all media of an open parquet file that are there."""
+def _unpack(file: "ParquetFile", folder: Path) -> None:
+    """Write all media of an open parquet file that are there: bytes of a file, or samples of a sound."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, row in _rows(file, list(PARQUET_MEDIA), 16):
         for kind, value in row.items():
-            value = {"bytes": value} if isinstance(value, bytes) else value or {}
-            if value.get("bytes"):
-                _replace(_media_file(folder, number, kind), value["bytes"])
-            elif value.get("array") and value.get("sampling_rate"):
-                _replace(_media_file(folder, number, kind), (value["array"], value["sampling_rate"]))
+            media_file = _media_file(folder, number, kind)
+            content = _content_of(value)
+            if content is not None:
+                _replace(media_file, content)
             else:
-                _media_file(folder, number, kind).unlink(missing_ok=True)  # of another file of that name
+                media_file.unlink(missing_ok=True)  # of another file of that name
 
 
-def _media_file(folder, number, kind):
+def _content_of(value: bytes | dict | None) -> bytes | None:
+    """Return a medium of a parquet file as the content of a file of its own; None if it isn't there."""
+    if isinstance(value, bytes):
+        return value or None
+    if not value:
+        return None
+    if value.get("bytes"):
+        return value["bytes"]
+    if value.get("array") and value.get("sampling_rate"):
+        return _as_wav(value["array"], value["sampling_rate"])
+    return None
+
+
+def _media_file(folder: Path, number: int, kind: str) -> Path:
     return folder / f"{number:06d}{PARQUET_MEDIA[kind]}"
 
 
-def _replace(path, content):
-    """Writes bytes, or (samples in -1..1, rate) as WAV, so that `path` is never there in part."""
+def _as_wav(samples: Sequence, rate: int) -> bytes:
+    """Return samples in -1..1, of one channel or (channels, samples), as a WAV file of 16 bits."""
+    channels = np.atleast_2d(np.asarray(samples, np.float32))  # (channels, samples)
+    values = (channels.T.clip(-1, 1) * 32767).round().astype("<i2")
+    content = io.BytesIO()
+    with wave.open(content, "wb") as file:
+        file.setnchannels(len(channels))
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes(values.tobytes())
+    return content.getvalue()
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file so that it is never there in part."""
     unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-    if isinstance(content, bytes):
-        unfinished.write_bytes(content)
-    else:
-        samples = np.atleast_2d(np.asarray(content[0], np.float32))  # (channels, samples)
-        with wave.open(str(unfinished), "wb") as file:
-            file.setparams((len(samples), 2, content[1], 0, "NONE", ""))
-            file.writeframes((samples.T.clip(-1, 1) * 32767).round().astype("<i2").tobytes())
+    unfinished.write_bytes(content)
     os.replace(unfinished, path)

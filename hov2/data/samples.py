@@ -1,6 +1,7 @@
-"""From data files to samples. `read_samples` reads strictly: a record that can't be used is one DataError that names
-file, record and field. `python -m hov2.tools.check_data CONFIG` reads everything that a config names, and says what is
-wrong with it.
+"""From data files to samples.
+
+`read_samples` reads strictly: a record that can't be used is one DataError that names file, record and field.
+`python -m hov2.tools.check_data CONFIG` reads everything that a config names, and says what is wrong with it.
 """
 
 import functools
@@ -9,12 +10,15 @@ import math
 import os
 import re
 import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from hov2.config import Source
 from hov2.data.formats import CONVERTERS, DataError, convert, files_of, read_parquet
 from hov2.data.media import MediaError
 from hov2.distributed import rank, rank_zero_first
@@ -23,8 +27,10 @@ from hov2.rewards import PROBLEM_TYPES, check_reference
 
 DATA_TYPES = ("image", "video", "audio", "image_audio", "text")
 RECORD_FIELDS = ("problem", "problem_type", "solution", "options", "data_type", "path", "id")
-ORDER_STREAM, SPARE_STREAM, SLICE_STREAM = range(3)  # keep the random streams of one seed apart
-
+# These keep the random streams of one seed apart.
+ORDER_STREAM = 0
+SPARE_STREAM = 1
+SLICE_STREAM = 2
 
 
 class SkipSample(Exception):
@@ -38,26 +44,28 @@ class Sample:
     id: str
     problem: str
     problem_type: str
-    options: tuple | None
+    options: tuple[str, ...] | None
     solution: str
     data_type: str
-    paths: dict = field(default_factory=dict)
+    paths: dict[str, str] = field(default_factory=dict)
     source: str = ""  # the data file
     extra: dict = field(default_factory=dict)  # the record's other fields, for grouping in evaluation
     has_sound: bool = False  # the video has a sound track; known once the file has been read (InputMaker)
 
     @property
-    def media_kinds(self):
+    def media_kinds(self) -> tuple[str, ...]:
         """The media in the order of the prompt, such as ("video", "audio"): a video's sound is an item of its own."""
-        kinds = tuple(kind for kind in ("video", "image", "audio") if kind in self.paths)
-        return kinds + ("audio",) if self.has_sound else kinds
+        kinds = [kind for kind in ("video", "image", "audio") if kind in self.paths]
+        if self.has_sound:
+            kinds.append("audio")
+        return tuple(kinds)
 
 
 # ---- Reading ----
 
 
-def read_samples(sources, seed=0):
-    """The samples of all `sources` (config.Source), in order, each cut to its slice; `seed` is for random slices.
+def read_samples(sources: Iterable[Source], seed: int = 0) -> list[Sample]:
+    """Return the samples of all `sources` in order, each source cut to its slice; `seed` is for random slices.
 
     All records of a source are checked, also those outside the slice; media files aren't looked for until they are
     loaded. Raises DataError for the first bad record and for a source of which nothing is left. With the source's
@@ -67,8 +75,10 @@ def read_samples(sources, seed=0):
     for source in sources:
         kept, errors, count = read_slice(source, seed)
         if errors and source.on_bad_record == "error":
-            raise DataError(f"{errors[0]} ({len(errors)} of {count} records can't be used; the config's entry can "
-                            'leave them out: on_bad_record: "skip")')
+            raise DataError(
+                f"{errors[0]} ({len(errors)} of {count} records can't be used; the config's entry can "
+                'leave them out: on_bad_record: "skip")'
+            )
         if not kept:
             raise DataError(f"{source.path}: no record of slice {source.slice!r} can be used")
         if errors and rank() == 0:
@@ -77,24 +87,24 @@ def read_samples(sources, seed=0):
     return samples
 
 
-def read_slice(source, seed=0):
-    """(samples of the source's slice, a DataError for each bad record, records looked through for such).
+def read_slice(source: Source, seed: int = 0) -> tuple[list[Sample], list[DataError], int]:
+    """Return the samples of the source's slice, the errors, and how many records were checked.
 
-    These are all of the source's where one of them would stop a run, and the slice's where they are left out.
-
-    Raises DataError for a file that can't be read as such, and for a slice without a record.
+    Checked are all records of the source where one bad record would stop a run, and those of the slice where bad
+    records are left out. Raises DataError for a file that can't be read as such, and for a slice without a record.
     """
-    found = read_source(source)
-    cut = take_slice(found, source.slice, seed)
-    if not cut:
-        raise DataError(f"{source.path}: slice {source.slice!r} of {len(found)} records leaves none")
-    looked = found if source.on_bad_record == "error" else cut
-    errors = [item for item in looked if isinstance(item, DataError)]
-    return [item for item in cut if isinstance(item, Sample)], errors, len(looked)
+    records = read_source(source)
+    in_slice = take_slice(records, source.slice, seed)
+    if not in_slice:
+        raise DataError(f"{source.path}: slice {source.slice!r} of {len(records)} records leaves none")
+    checked = records if source.on_bad_record == "error" else in_slice
+    samples = [record for record in in_slice if isinstance(record, Sample)]
+    errors = [record for record in checked if isinstance(record, DataError)]
+    return samples, errors, len(checked)
 
 
-def read_source(source):
-    """Every record of a `source`, uncut: a Sample, or the DataError that says what is wrong with it.
+def read_source(source: Source) -> list[Sample | DataError]:
+    """Return every record of a `source`, uncut: a Sample, or the DataError that says what is wrong with it.
 
     hov2's own files, and the published ones in JSON, are a list (.json) or one object a line (.jsonl), UTF-8. Raises
     DataError for a file that can't be read as such.
@@ -109,12 +119,13 @@ def read_source(source):
                 records = list(read_parquet(file, root))
         else:
             records = read_records(file)
-        found += [tried(_read, record, source.format, number, file, root) for number, record in records]
+        for number, record in records:
+            found.append(tried(_to_checked_sample, record, source.format, number, file, root))
     return found
 
 
-def take_slice(items, text, seed=0):
-    """`items` cut to "all" or "first|last|random:N" or "...:N%".
+def take_slice(items: Sequence, text: str, seed: int = 0) -> list:
+    """Return `items` cut to "all" or "first|last|random:N" or "...:N%".
 
     Percentages round down at either end, so "first:50%" and "last:50%" never share an item. N beyond the end takes all.
     A random slice keeps the order of the file.
@@ -124,15 +135,21 @@ def take_slice(items, text, seed=0):
     match = re.fullmatch(r"(first|last|random):(?:(\d+)|(\d+(?:\.\d+)?)%)", text)
     if not match or (match[3] and Fraction(match[3]) > 100):
         raise DataError(f"slice {text!r}: expected all, first:N, last:N or random:N; N may be a percentage (50%)")
-    where = match[1]
-    count = min(int(match[2]), len(items)) if match[2] else math.floor(len(items) * Fraction(match[3]) / 100)
-    if where == "random":
-        return [items[i] for i in sorted(permutation(len(items), seed, SLICE_STREAM, 0)[:count].tolist())]
-    return list(items[:count] if where == "first" else items[len(items) - count:])
+    where, number, percentage = match.groups()
+    if number:
+        count = min(int(number), len(items))
+    else:
+        count = math.floor(len(items) * Fraction(percentage) / 100)
+    if where == "first":
+        return list(items[:count])
+    if where == "last":
+        return list(items[len(items) - count :])
+    drawn = permutation(len(items), seed, SLICE_STREAM, 0)[:count].tolist()
+    return [items[position] for position in sorted(drawn)]
 
 
-def read_records(path):
-    """(record number from 1, record) of a JSON list or of JSON lines; the number of a line is that of the file.
+def read_records(path: str | Path) -> list[tuple[int, Any]]:
+    """Return (record number from 1, record) of a JSON list or of JSON lines; a line's number is that in the file.
 
     For a line that is no JSON the record is a DataError. Raises DataError for a file that can't be read as such.
     """
@@ -144,15 +161,18 @@ def read_records(path):
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: can't be read: {error}") from None
     if str(path).endswith(".jsonl"):
-        return [(number, tried(_parsed, line, f"{path}: record {number}"))
-                for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        records = []
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                records.append((number, tried(_parsed, line, f"{path}: record {number}")))
+        return records
     records = _parsed(text, path)
     if not isinstance(records, list):
         raise DataError(f"{path}: expected a list of records (one object a line needs the ending .jsonl)")
-    return enumerate(records, 1)
+    return list(enumerate(records, 1))
 
 
-def _parsed(text, where):
+def _parsed(text: str, where: str | Path) -> Any:
     """What the JSON `text` says; DataError if it isn't any."""
     try:
         return json.loads(text)
@@ -160,10 +180,10 @@ def _parsed(text, where):
         raise DataError(f"{where}: not valid JSON: {error}") from None
 
 
-def _read(record, name, number, path, root):
-    """One record of the format `name` -> Sample. Raises DataError, also for a solution that has no usable answer."""
+def _to_checked_sample(record: Any, format_name: str, number: int, path: str, root: Path) -> Sample:
+    """Convert a published record; raises DataError, also for a solution that has no usable answer."""
     where = f"{path}: record {number}"
-    sample = to_sample(convert(name, record, root, where), number, path, root)
+    sample = to_sample(convert(format_name, record, root, where), number, path, root)
     try:
         check_reference(sample.solution, sample.problem_type)
     except ValueError as error:
@@ -171,31 +191,39 @@ def _read(record, name, number, path, root):
     return sample
 
 
-def to_sample(record, number, path, root):
-    """A record in hov2's own form -> Sample (method.md, "Samples"), its media paths starting from `root`.
+def to_sample(record: Any, number: int, path: str | Path, root: Path) -> Sample:
+    """Convert a record in hov2's own form (method.md, "Samples"); its media paths start from `root`.
 
-    Raises DataError, which begins with the data file's `path` and the record's `number`, also one that `record` is.
+    Raises DataError prefixed with the data file's `path` and the record's `number`. A `record` that is a DataError
+    itself is raised as it is.
     """
     if isinstance(record, DataError):
         raise record
     where = f"{path}: record {number}"
     if not isinstance(record, dict):
         raise DataError(f"{where}: expected an object, got {type(record).__name__}")
-    problem, options, solution, problem_type = read_texts(record, where)
-    if problem_type in CHOICE_TYPES and not options:
-        raise DataError(f"{where}: options: {problem_type!r} needs them")
-    own_id = record.get("id")
+    texts = read_texts(record, where)
+    if texts.problem_type in CHOICE_TYPES and not texts.options:
+        raise DataError(f"{where}: options: {texts.problem_type!r} needs them")
+    sample_id = record.get("id")
+    if sample_id is None:
+        sample_id = f"{Path(path).name}:{number}"
     data_type, paths = _paths(record, where)
     return Sample(
-        id=f"{Path(path).name}:{number}" if own_id is None else str(own_id), problem=problem,
-        problem_type=problem_type, options=options, solution=solution, data_type=data_type, source=str(path),
+        id=str(sample_id),
+        problem=texts.problem,
+        problem_type=texts.problem_type,
+        options=texts.options,
+        solution=texts.solution,
+        data_type=data_type,
         paths={kind: os.path.abspath(Path(root, file)) for kind, file in paths.items()},
+        source=str(path),
         extra={key: value for key, value in record.items() if key not in RECORD_FIELDS},
     )
 
 
-def text_field(record, name, where):
-    """The text in a record's field `name`; DataError, which begins with `where`, if there is none."""
+def text_field(record: dict, name: str, where: str) -> str:
+    """Return the text in a record's field `name`; raises DataError prefixed with `where` if there is none."""
     if name not in record:
         raise DataError(f"{where}: missing field {name!r}")
     if not isinstance(record[name], str) or not record[name].strip():
@@ -203,42 +231,73 @@ def text_field(record, name, where):
     return record[name]
 
 
-def read_texts(record, where, names=("problem", "options", "solution"), problem_type=None):
-    """(problem, options or None, solution, problem type) of a record that calls the first three `names`.
+class Texts(NamedTuple):
+    """What a record says in words."""
 
-    `problem_type`: for records without such a field. Raises DataError, which begins with `where`, for a text that is
-    missing or can't be one, or for an unknown type.
+    problem: str
+    options: tuple[str, ...] | None
+    solution: str
+    problem_type: str
+
+
+def read_texts(
+    record: dict,
+    where: str,
+    names: tuple[str, str, str] = ("problem", "options", "solution"),
+    problem_type: str | None = None,
+) -> Texts:
+    """Return the texts of a record whose problem, options and solution are in the fields `names`.
+
+    `problem_type`: for records without such a field. Raises DataError prefixed with `where` for a text that is missing
+    or can't be one, or for an unknown type.
     """
-    problem, solution = (text_field(record, name, where) for name in names[::2])
-    problem_type = problem_type or text_field(record, "problem_type", where)
+    problem_name, options_name, solution_name = names
+    problem = text_field(record, problem_name, where)
+    solution = text_field(record, solution_name, where)
+    if not problem_type:
+        problem_type = text_field(record, "problem_type", where)
     if problem_type not in PROBLEM_TYPES:
         raise DataError(f"{where}: problem_type: unknown {problem_type!r}; known: {', '.join(PROBLEM_TYPES)}")
-    options = record.get(names[1]) or []
+    options = record.get(options_name) or []
     if not isinstance(options, list) or not all(isinstance(option, str) and option.strip() for option in options):
-        raise DataError(f"{where}: {names[1]}: expected a list of texts or null, got {options!r}")
+        raise DataError(f"{where}: {options_name}: expected a list of texts or null, got {options!r}")
     for name, text in zip(names, (problem, "\n".join(options), solution)):
-        if special := SPECIAL_TOKEN.search(text):
+        special = SPECIAL_TOKEN.search(text)
+        if special:
             raise DataError(f"{where}: {name}: {special[0]} has the form of a special token, no part of a text")
-    return problem, tuple(options) or None, solution, problem_type
+    return Texts(problem, tuple(options) or None, solution, problem_type)
 
 
-def _paths(record, where):
-    """(data type, {kind: file}) of a record; an object of paths is image_audio, also where it is published as image."""
-    path, data_type = record.get("path"), record.get("data_type")
+def _paths(record: dict, where: str) -> tuple[str, dict[str, str]]:
+    """Return a record's data type and {kind: file}.
+
+    An object of paths is image_audio, also where it is published as image.
+    """
+    path = record.get("path")
+    data_type = record.get("data_type")
     if isinstance(path, dict) and data_type in (None, "image", "audio"):
         data_type = "image_audio"
     if data_type not in DATA_TYPES:
         raise DataError(f"{where}: data_type: unknown {data_type!r}; known: {', '.join(DATA_TYPES)}")
-    kinds = {"text": (), "image_audio": ("image", "audio")}.get(data_type, (data_type,))
-    files = path if isinstance(path, dict) else {} if path is None else {data_type: path}
+    if data_type == "text":
+        kinds, expected = (), "none for text"
+    elif data_type == "image_audio":
+        kinds, expected = ("image", "audio"), "an object with image and audio"
+    else:
+        kinds, expected = (data_type,), "a file"
+    if isinstance(path, dict):
+        files = path
+    elif path is None:
+        files = {}
+    else:
+        files = {data_type: path}
     if set(files) != set(kinds):
-        expected = {"text": "none for text", "image_audio": "an object with image and audio"}.get(data_type, "a file")
         raise DataError(f"{where}: path: expected {expected}, got {path!r}")
     return data_type, {kind: text_field(files, kind, f"{where}: path") for kind in kinds}
 
 
-def tried(function, *args):
-    """What the function returns, or the exception that says why a sample can't be had."""
+def tried(function: Callable, *args: Any) -> Any:
+    """Return what the function returns, or the exception that says why a sample can't be had."""
     try:
         return function(*args)
     except (DataError, MediaError, SkipSample) as error:
@@ -246,5 +305,7 @@ def tried(function, *args):
 
 
 @functools.lru_cache(maxsize=8)
-def permutation(size, seed, stream, round_):
-    return np.random.default_rng(np.random.SeedSequence([seed, stream, round_])).permutation(size)
+def permutation(size: int, seed: int, stream: int, round_: int) -> np.ndarray:
+    """Return a random order of `size` items: number `round_` of one of a seed's random streams."""
+    sequence = np.random.SeedSequence([seed, stream, round_])
+    return np.random.default_rng(sequence).permutation(size)

@@ -3,26 +3,33 @@
 Every line is one JSON object with a `step`. NaN and infinities become null, so that any JSON reader takes the files.
 """
 
-import itertools
 import json
 import math
 import os
 import time
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from tqdm import tqdm
 
-from hov2.config import REWARDS, ConfigError
+from hov2.config import REWARDS, ConfigError, TrainConfig
 from hov2.engine import guard
 
 # What the console line shows, in this order, of the metrics that a step has: (metric, heading, format).
-CONSOLE = [("loss", "loss", "8.4f"), ("reward", "reward", "6.3f"),
-           *((f"rewards/{name}/mean", name, "5.2f") for name in REWARDS), ("kl", "kl", "8.5f"),
-           ("completions/mean_length", "length", "6.1f"), ("grad_norm", "grad", "7.3f"),
-           ("learning_rate", "lr", "8.2e"), ("eval/accuracy", "eval", "6.3f")]
+CONSOLE = [
+    ("loss", "loss", "8.4f"),
+    ("reward", "reward", "6.3f"),
+    *((f"rewards/{name}/mean", name, "5.2f") for name in REWARDS),
+    ("kl", "kl", "8.5f"),
+    ("completions/mean_length", "length", "6.1f"),
+    ("grad_norm", "grad", "7.3f"),
+    ("learning_rate", "lr", "8.2e"),
+    ("eval/accuracy", "eval", "6.3f"),
+]
 
 
 class MetricsLog:
@@ -33,18 +40,24 @@ class MetricsLog:
     a tracker that isn't installed.
     """
 
-    def __init__(self, output_dir, rank, report_to, total_steps, start_step=0):
-        self.total_steps, self.writes = total_steps, rank == 0
-        self.bar = tqdm(total=total_steps, initial=start_step, unit="step", disable=None if self.writes else True)
-        self.trackers, self.history = [], []
+    def __init__(
+        self, output_dir: str | Path, rank: int, report_to: list[str], total_steps: int, start_step: int = 0
+    ) -> None:
+        self.total_steps = total_steps
+        self.writes = rank == 0
+        hidden = None if self.writes else True  # None: shown where there is a terminal
+        self.bar = tqdm(total=total_steps, initial=start_step, unit="step", disable=hidden)
+        self.history = []
+        self.trackers = []
         if self.writes:
             path = Path(output_dir) / "metrics.jsonl"
             self._file = _open_from(path, start_step)
-            self.history += map(json.loads, path.read_text(encoding="utf-8").splitlines())
+            for line in path.read_text(encoding="utf-8").splitlines():
+                self.history.append(json.loads(line))
             self.trackers = [_tracker(name, output_dir) for name in report_to]
 
-    def write(self, step, metrics):
-        """Appends `{"step": step, **metrics}`; values are numbers, one-element tensors or arrays, None or text."""
+    def write(self, step: int, metrics: dict) -> None:
+        """Append `{"step": step, **metrics}`; values are numbers, one-element tensors or arrays, None or text."""
         if not self.writes:
             return
         metrics = _plain(metrics)
@@ -56,40 +69,44 @@ class MetricsLog:
         tqdm.write(console_line(step, self.total_steps, numbers))
         self.bar.update(step + 1 - self.bar.n)
 
-    def close(self):
-        """Ends the progress bar."""
+    def close(self) -> None:
+        """End the progress bar."""
         self.bar.close()
 
 
 class RolloutDump:
-    """Appends records, one JSON line each, to `output_dir/rollouts.jsonl`; only rank 0 writes.
+    """The file of rollouts: records, one JSON line each, in `output_dir/rollouts.jsonl`; only rank 0 writes.
 
     A record needs a `step`; the loop gathers those of the other ranks. Lines of `start_step` and later are cut off as
     in MetricsLog.
     """
 
-    def __init__(self, output_dir, rank, start_step=0):
-        self._file = _open_from(Path(output_dir) / "rollouts.jsonl", start_step) if rank == 0 else None
+    def __init__(self, output_dir: str | Path, rank: int, start_step: int = 0) -> None:
+        self._file = None
+        if rank == 0:
+            self._file = _open_from(Path(output_dir) / "rollouts.jsonl", start_step)
 
-    def write(self, records):
-        """Writes `records`, a list of dicts (tensors in them become lists)."""
-        if self._file is not None:
-            self._file.writelines(_line(_plain(record)) for record in records)  # each is flushed
+    def write(self, records: list[dict]) -> None:
+        """Append `records` (tensors in them become lists)."""
+        if self._file is None:
+            return
+        for record in records:
+            self._file.write(_line(_plain(record)))  # flushed at each line
 
 
 class Timer:
-    """Adds up the seconds of named parts of a step: `with timer("rollout"): ...`, then `timer.pop()`.
+    """The seconds of a step's named parts, added up: `with timer("rollout"): ...`, then `timer.pop()`.
 
     Wall time of this process; work that a GPU still has queued counts where it is waited for. The watch (guard.py)
     knows these parts as the run's phases.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._seconds = Counter()
 
     @contextmanager
-    def __call__(self, name):
-        """Times one block under `name`, added to earlier blocks of that name."""
+    def __call__(self, name: str) -> Iterator[None]:
+        """Time one block under `name`, added to earlier blocks of that name."""
         start = time.perf_counter()
         guard.heartbeat(name)
         try:
@@ -99,56 +116,76 @@ class Timer:
             self._seconds[name] += time.perf_counter() - start
             guard.heartbeat(f"after {name}")
 
-    def pop(self):
+    def pop(self) -> dict[str, float]:
         """`{"time/<name>": seconds}` since the last pop."""
-        seconds, self._seconds = self._seconds, Counter()
+        seconds = self._seconds
+        self._seconds = Counter()
         return {f"time/{name}": value for name, value in seconds.items()}
 
 
-def traced(steps, config, rank):
-    """Yields `steps`; those named in `config.profile_steps` run under torch.profiler.
+def traced(steps: Iterable[int], config: TrainConfig, rank: int) -> Iterator[int]:
+    """Yield `steps`; those named in `config.profile_steps` run under torch.profiler.
 
     Each leaves `output_dir/trace-STEP-rankRANK.json`, with the timer's parts as named stretches, for chrome://tracing
     or Perfetto.
     """
     for step in steps:
-        path = f"{config.output_dir}/trace-{step}-rank{rank}.json"
-        with (torch.profiler.profile(on_trace_ready=lambda profiler, path=path: profiler.export_chrome_trace(path))
-              if step in config.profile_steps else nullcontext()):
+        if step in config.profile_steps:
+            with _profiler(f"{config.output_dir}/trace-{step}-rank{rank}.json"):
+                yield step
+        else:
             yield step
 
 
-def console_line(step, total_steps, metrics):
+def _profiler(path: str) -> torch.profiler.profile:
+    """A profiler of one block that writes what it saw to `path` when the block ends."""
+
+    def write(profiler: torch.profiler.profile) -> None:
+        profiler.export_chrome_trace(path)
+
+    return torch.profiler.profile(on_trace_ready=write)
+
+
+def console_line(step: int, total_steps: int, metrics: dict[str, float]) -> str:
     """`step 12/300 | reward  1.250 | ...`: the same columns for every step of a run, of equal width."""
-    cells = [f"{heading} {metrics[name]:{form}}" for name, heading, form in CONSOLE if name in metrics]
-    return " | ".join([f"step {step:>{len(str(total_steps))}}/{total_steps}", *cells])
+    width = len(str(total_steps))
+    cells = [f"step {step:>{width}}/{total_steps}"]
+    for name, heading, form in CONSOLE:
+        if name in metrics:
+            cells.append(f"{heading} {metrics[name]:{form}}")
+    return " | ".join(cells)
 
 
-def _open_from(path, start_step):
+def _open_from(path: Path, start_step: int) -> TextIO:
     """`path` opened for appending (flushed at each line), cut off at the first line of `start_step` or later.
 
     A line that is no JSON is the end of a write that was cut off; it goes too.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
+    kept_bytes = 0
     with path.open("rb") as old:
-        kept = itertools.takewhile(lambda line: _step(line) < start_step, old)
-        os.truncate(path, sum(map(len, kept)))
+        for line in old:
+            if _step(line) >= start_step:
+                break
+            kept_bytes += len(line)
+    os.truncate(path, kept_bytes)
     return path.open("a", encoding="utf-8", buffering=1)
 
 
-def _step(line):
+def _step(line: bytes) -> float:
+    """The step that a line is of; infinite for a line that is no JSON."""
     try:
         return json.loads(line)["step"]
     except ValueError:
         return math.inf
 
 
-def _line(record):
+def _line(record: dict) -> str:
     return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _plain(value):
+def _plain(value: object) -> object:
     """`value` as JSON takes it: tensors and arrays to numbers or lists, NaN and infinities to None."""
     if hasattr(value, "tolist"):
         value = value.tolist()
@@ -156,19 +193,41 @@ def _plain(value):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
-def _tracker(name, output_dir):
-    """What passes a step's number and metrics on to TensorBoard or W&B, a function of both."""
+# --- trackers: what passes a step's number and metrics on, a function of both -----------------------------------------
+
+
+def _tracker(name: str, output_dir: str | Path) -> Callable[[int, dict[str, float]], None]:
+    """The tracker called `name`; ConfigError if it isn't installed."""
+    make_tracker = {"tensorboard": _tensorboard, "wandb": _wandb}[name]
     try:
-        if name == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            writer = SummaryWriter(str(Path(output_dir) / "tensorboard"))
-            return lambda step, metrics: [writer.add_scalar(*metric, step) for metric in metrics.items()]
-        import wandb
+        return make_tracker(Path(output_dir))
     except ImportError:
         raise ConfigError(f"report_to: {name} is not installed (pip install {name})") from None
-    run = wandb.init(project="hov2", name=Path(output_dir).name, dir=str(output_dir))
-    return lambda step, metrics: run.log(metrics, step=step)
+
+
+def _tensorboard(output_dir: Path) -> Callable[[int, dict[str, float]], None]:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(output_dir / "tensorboard"))
+
+    def track(step: int, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, step)
+
+    return track
+
+
+def _wandb(output_dir: Path) -> Callable[[int, dict[str, float]], None]:
+    import wandb
+
+    run = wandb.init(project="hov2", name=output_dir.name, dir=str(output_dir))
+
+    def track(step: int, metrics: dict[str, float]) -> None:
+        run.log(metrics, step=step)
+
+    return track

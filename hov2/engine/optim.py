@@ -114,15 +114,7 @@ def clip_gradients(policy: nn.Module, max_norm: float) -> Tensor:
     return norm
 
 
-def update(policy: nn.Module, optimizer: torch.optim.Optimizer, rate: float, max_grad_norm: float) -> float:
-    """Clip, step and clear the gradients; return the norm before clipping.
-
-    A norm that is not finite, the same on all ranks, skips the step: weights and optimiser stay as they are.
-    """
-    norm = clip_gradients(policy, max_grad_norm).item()  # the update's one wait for the device
-    if math.isfinite(norm):
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give all parameters the learning rate of the update that comes next."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate

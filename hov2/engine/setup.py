@@ -1,11 +1,14 @@
 """What the three scripts have in common before their loops begin: processes, model, words, judge, samples to inputs."""
 
+import math
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from hov2 import distributed
 from hov2.config import BaseConfig, ConfigError
@@ -28,22 +31,22 @@ USER_ERRORS = (CheckpointError, ConfigError, DataError, JudgeError, ModelError, 
 
 @dataclass
 class Run:
-    """The parts that a script works with. `make(sample) -> Inputs`; `encoder(inputs) -> Prompt`."""
+    """The parts that a script works with: `make(sample)` gives Inputs, and `encoder(inputs)` makes them a Prompt."""
 
     config: BaseConfig
     device: torch.device
     policy: Policy
-    tokenizer: object
+    tokenizer: PreTrainedTokenizerBase
     make: InputMaker
     encoder: Encoder
     judge: Judge | None
 
 
-def start(config, device, trained=True):
-    """Loads everything that `config` names, checks that its judge can be reached, and writes the resolved config.
+def start(config: BaseConfig, device: torch.device, trained: bool = True) -> Run:
+    """Load everything that `config` names, check that its judge can be reached, and write the resolved config.
 
-    `device` is from `distributed.setup`; `trained` as for `load_policy`. Raises the parts' own
-    errors: ModelError, JudgeError, PromptsError.
+    `device` is from `distributed.setup`; `trained` as for `load_policy`. Raises the parts' own errors: ModelError,
+    JudgeError, PromptsError.
     """
     guard.watch(config.hang_minutes)
     prompts = load_prompts(config.prompts)
@@ -59,8 +62,8 @@ def start(config, device, trained=True):
     return Run(config, device, policy, tokenizer, make, encoder, judge)
 
 
-def command(main, config_class, default):
-    """Runs `main(config)` with the config that the command line names; a user's error ends it with one line, code 1.
+def command(main: Callable[[BaseConfig], None], config_class: type[BaseConfig], default: str | None) -> None:
+    """Run `main(config)` with the config that the command line names; a user's error ends it with one line, code 1.
 
     Of ranks that fail, the first says why. The others end within seconds, wherever they are. `--help` only prints.
     """
@@ -71,7 +74,10 @@ def command(main, config_class, default):
         main(config_from_argv(config_class, sys.argv[1:], default))
         return
     except Exception as error:  # noqa: BLE001, it is shown, and the process ends
-        text = f"error: {error}\n" if isinstance(error, (*USER_ERRORS, FloatingPointError)) else traceback.format_exc()
+        if isinstance(error, (*USER_ERRORS, FloatingPointError)):
+            text = f"error: {error}\n"
+        else:
+            text = traceback.format_exc()
         if guard.first_to_fail(error):
             sys.stderr.write(text)
     sys.stdout.flush()
@@ -79,9 +85,23 @@ def command(main, config_class, default):
     os._exit(1)  # without waiting for requests to the judge that are still in flight: the other ranks wait for this one
 
 
-def report_derived(title, config, samples, per_step, steps, more=None):
-    """Prints the numbers that follow from a config, before the first step, so that a wrong one is seen at once."""
-    ranks = distributed.world_size()
-    numbers = {"samples": samples, "steps": steps, "samples a step": f"{per_step} ({per_step // ranks} on each rank)",
-               "gradient accumulation": -(-per_step // ranks // config.per_device_train_batch_size)} | (more or {})
-    print0("\n".join([title, *(f"  {name:<26}{value}" for name, value in numbers.items())]))
+def report_derived(
+    title: str, config: BaseConfig, samples: int, per_step: int, steps: int, more: dict[str, object] | None = None
+) -> None:
+    """Print the numbers that follow from a config, before the first step, so that a wrong one is seen at once.
+
+    `per_step` is the number of samples a step, of all ranks together; `more` has further numbers, by what they are.
+    """
+    on_each_rank = per_step // distributed.world_size()
+    numbers = {
+        "samples": samples,
+        "steps": steps,
+        "samples a step": f"{per_step} ({on_each_rank} on each rank)",
+        "gradient accumulation": math.ceil(on_each_rank / config.per_device_train_batch_size),
+    }
+    if more is not None:
+        numbers |= more
+    lines = [title]
+    for name, value in numbers.items():
+        lines.append(f"  {name:<26}{value}")
+    print0("\n".join(lines))
