@@ -8,14 +8,25 @@ text may be given as a list of its lines.
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
-def _read(path):
+def _read(path: str | Path) -> Any:
     """What a prompts file says, each list of lines as one text."""
-    return json.loads(Path(path).read_text(encoding="utf-8"), object_hook=lambda words: {
-        key: "\n".join(map(str, value)) if isinstance(value, list) else value for key, value in words.items()})
+    text = Path(path).read_text(encoding="utf-8")
+    return json.loads(text, object_hook=_with_joined_lines)
+
+
+def _with_joined_lines(words: dict) -> dict:
+    joined = {}
+    for key, value in words.items():
+        if isinstance(value, list):
+            value = "\n".join(str(line) for line in value)
+        joined[key] = value
+    return joined
 
 
 DEFAULTS = _read(Path(__file__).with_name("prompts.json"))
@@ -40,8 +51,8 @@ class Prompts:
 
     words: dict
 
-    def chat(self, sample):
-        """The prompt of a sample: a system and a user message, each content a list of items.
+    def chat(self, sample: Any) -> list[dict]:
+        """Return the prompt of a Sample: a system and a user message, each content a list of items.
 
         The user's items are the media, in the order of `sample.media_kinds` ("image", "video", "audio"), then one text:
         the line that names the media, `sample.problem`, for the choice types `sample.options` one a line, and the
@@ -58,8 +69,8 @@ class Prompts:
             {"role": "user", "content": [*media, {"type": "text", "text": text}]},
         ]
 
-    def judge_messages(self, kind, **fields):
-        """What the judge is asked, as OpenAI chat messages.
+    def judge_messages(self, kind: str, **fields: object) -> list[dict]:
+        """Return what the judge is asked, as OpenAI chat messages.
 
         `kind` and its `fields`: "context" (reference, candidate), "logic" (context, think), "consistency" (reference,
         answer), "synonyms" (first, second, most).
@@ -70,16 +81,21 @@ class Prompts:
             {"role": "user", "content": fill(words[kind], **fields)},
         ]
 
-    def _media_line(self, kinds):
+    def _media_line(self, kinds: Iterable[str]) -> str:
+        """The line that names the media; "" without any."""
         words = self.words["media"]
-        names = words["and"].join(words[kind] for kind in kinds)
-        if list(kinds) == ["video", "audio"]:
+        kinds = list(kinds)
+        if not kinds:
+            return ""
+        if kinds == ["video", "audio"]:
             names = words["video+audio"]
-        return fill(words["line"], media=names) if kinds else ""
+        else:
+            names = words["and"].join(words[kind] for kind in kinds)
+        return fill(words["line"], media=names)
 
 
-def load_prompts(path=None):
-    """`DEFAULTS` with the replacements of the JSON file at `path`, if one is given.
+def load_prompts(path: str | Path | None = None) -> Prompts:
+    """Return `DEFAULTS` with the replacements of the JSON file at `path`, if one is given.
 
     Raises PromptsError for a file that can't be read as JSON, an unknown key, a value that is not text, a text with a
     special token, or one without the placeholders, like {options}, of the text it replaces.
@@ -91,13 +107,17 @@ def load_prompts(path=None):
     return Prompts(_replaced(DEFAULTS, replacements, str(path)))
 
 
-def fill(template, **fields):
-    """`template` with each {name} of `fields` replaced once; other braces, and those in the values, stay."""
-    return _PLACEHOLDER.sub(lambda match: str(fields.get(match[1], match[0])), template)
+def fill(template: str, **fields: object) -> str:
+    """Return `template` with each {name} of `fields` replaced once; other braces, and those in the values, stay."""
+
+    def value_of(placeholder: re.Match) -> str:
+        return str(fields.get(placeholder[1], placeholder[0]))
+
+    return _PLACEHOLDER.sub(value_of, template)
 
 
-def render(messages, interleave_audio=False):
-    """The messages in Qwen2.5-Omni's ChatML, one placeholder token a medium, up to where the assistant's turn begins.
+def render(messages: list[dict], interleave_audio: bool = False) -> str:
+    """Write messages in Qwen2.5-Omni's ChatML, one placeholder token a medium, up to where the assistant's turn begins.
 
     A system message without text is left out. `interleave_audio`: a video followed by an audio item is one item, the
     video with its sound inside. Raises ValueError for a text that holds a control token, which would end its turn or
@@ -111,11 +131,13 @@ def render(messages, interleave_audio=False):
     return text + "<|im_start|>assistant\n"
 
 
-def _body(content, interleave_audio):
+def _body(content: list[dict], interleave_audio: bool) -> str:
+    """The items of a message as text."""
     parts = []
     for item in content:
         if item["type"] == "text":
-            if control := SPECIAL_TOKEN.search(item["text"]):
+            control = SPECIAL_TOKEN.search(item["text"])
+            if control:
                 raise ValueError(f"the text {item['text'][:60]!r} holds the control token {control[0]}")
             parts.append(item["text"])
         elif interleave_audio and item["type"] == "audio" and parts and parts[-1] == _ITEMS["video"]:
@@ -125,8 +147,8 @@ def _body(content, interleave_audio):
     return "".join(parts)
 
 
-def _replaced(words, replacements, where):
-    """A copy of `words` with the `replacements`."""
+def _replaced(words: dict, replacements: Any, where: str) -> dict:
+    """A copy of `words` with the `replacements`; `where` is how an error begins."""
     if not isinstance(replacements, dict):
         raise PromptsError(f"{where}: expected an object, got {type(replacements).__name__}")
     words = dict(words)
@@ -134,12 +156,20 @@ def _replaced(words, replacements, where):
         if key not in words:
             raise PromptsError(f"{where}: unknown key {key!r}; known keys: {', '.join(words)}")
         if isinstance(words[key], dict):
-            value = _replaced(words[key], value, f"{where}: {key}")
-        elif not isinstance(value, str):
-            raise PromptsError(f"{where}: {key}: expected text, got {type(value).__name__}")
-        elif missing := set(_PLACEHOLDER.findall(words[key])) - set(_PLACEHOLDER.findall(value)):
-            raise PromptsError(f"{where}: {key}: the placeholder {{{min(missing)}}} is missing")
-        elif special := SPECIAL_TOKEN.search(value):
-            raise PromptsError(f"{where}: {key}: {special[0]} has the form of a special token")
-        words[key] = value
+            words[key] = _replaced(words[key], value, f"{where}: {key}")
+        else:
+            _check_text(value, words[key], f"{where}: {key}")
+            words[key] = value
     return words
+
+
+def _check_text(text: Any, default: str, where: str) -> None:
+    """Raise PromptsError if `text` can't take the place of the `default`."""
+    if not isinstance(text, str):
+        raise PromptsError(f"{where}: expected text, got {type(text).__name__}")
+    missing = set(_PLACEHOLDER.findall(default)) - set(_PLACEHOLDER.findall(text))
+    if missing:
+        raise PromptsError(f"{where}: the placeholder {{{min(missing)}}} is missing")
+    special = SPECIAL_TOKEN.search(text)
+    if special:
+        raise PromptsError(f"{where}: {special[0]} has the form of a special token")

@@ -106,7 +106,7 @@ def _report_hang(others: dist.Store) -> None:
     for since, step, phase, number in longest:
         minutes = (time.time() - since) / 60
         lines.append(f"rank {number} has been in '{phase}' for {minutes:.0f} min (step {step})")
-    _, _, _, first_stuck = longest[0]
+    first_stuck = longest[0][-1]
     if rank() == first_stuck:
         main_frame = sys._current_frames()[threading.main_thread().ident]
         lines.append("".join(traceback.format_stack(main_frame)).rstrip())
