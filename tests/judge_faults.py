@@ -27,7 +27,7 @@ def stats(judge):
             "faults": Counter(fault.kind for reply in replies for fault in reply.faults)}
 
 
-class Handler(toy._JudgeHandler):
+class Handler(toy.JudgeHandler):
     """One request: a fault, or the rule-based judge's answer."""
 
     def do_POST(self):

@@ -11,8 +11,13 @@ from hov2 import toy
 from hov2.config_io import read_config
 from hov2.toy import ablation
 
-VARIANTS = {"full": {}, "other": {"stage2": {"credit": "released"}}, "late": {"stage3": {"beta": 0}},
-            "cold": {"steps": ["stage1", "eval"]}, "own": {"stage1": {"train_on_prompt": True}}}
+VARIANTS = {
+    "full": {},
+    "other": {"stage2": {"credit": "released"}},
+    "late": {"stage3": {"beta": 0}},
+    "cold": {"steps": ["stage1", "eval"]},
+    "own": {"stage1": {"train_on_prompt": True}},
+}
 
 
 def test_variants_share_the_steps_up_to_the_first_that_differs():
@@ -33,14 +38,21 @@ def test_the_files_of_variants_fit_the_configs(file):
 
 def test_a_step_that_there_is_not(tmp_path):
     (tmp_path / "mine.json").write_text('{"a": {"stage4": {}}}')
-    with pytest.raises(SystemExit, match=r"mine.json: a: unknown key or step 'stage4'; known: what, why, steps, stage1"):
+    with pytest.raises(
+        SystemExit, match=r"mine.json: a: unknown key or step 'stage4'; known: what, why, steps, stage1"
+    ):
         ablation.read_variants(tmp_path / "mine.json")
 
 
 def test_a_step_reads_and_writes_the_run_s_own_places_and_is_kept(tmp_path, monkeypatch):
     commands, codes = [], [0]
-    monkeypatch.setattr(subprocess, "run", lambda command, **_: commands.append(command) or
-                        subprocess.CompletedProcess(command, codes[0]).check_returncode())
+    monkeypatch.setattr(
+        subprocess,
+        "run",
+        lambda command, **_: (
+            commands.append(command) or subprocess.CompletedProcess(command, codes[0]).check_returncode()
+        ),
+    )
     places = ablation.step_folders(VARIANTS, tmp_path / "seed0")["other"]
 
     def run(variant):
@@ -65,6 +77,9 @@ def test_table_and_figure():
     columns = ablation.columns_of([{"accuracy": 0.25, "context": None}, {"accuracy": 0.75, "context": None}])
     rows = {"a & b": columns}
     assert "| a & b | 0.500 (0.250 to 0.750) | - |" in ablation.as_table(rows, [0, 1])
-    marks = [mark.get("d") for mark in ElementTree.fromstring(ablation.as_figure(rows, left=100, width=200)).iter()
-             if mark.get("class") == "mark"]
+    marks = [
+        mark.get("d")
+        for mark in ElementTree.fromstring(ablation.as_figure(rows, left=100, width=200)).iter()
+        if mark.get("class") == "mark"
+    ]
     assert marks == ["M150.0 44H250.0M200.0 37v14M150.0 41v6M250.0 41v6"]

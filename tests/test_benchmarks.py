@@ -344,10 +344,10 @@ def test_toy_configs_and_prepare(name, tmp_path, monkeypatch):
     config = load_config(EvalConfig, f"configs/toy/eval_{name}.json")
     assert (config.benchmark, config.benchmark_root) == (name, str(toy.WORLD / name))
     built = []
-    monkeypatch.setattr(toy, "ROOT", tmp_path / "toy")
-    monkeypatch.setattr(toy, "WORLD", tmp_path / "toy" / "world")
-    monkeypatch.setattr(toy, "build_world", lambda: built.append("world"))
-    monkeypatch.setattr(toy, "run_script", lambda *_: None)
+    monkeypatch.setattr(toy.run, "ROOT", tmp_path / "toy")
+    monkeypatch.setattr(toy.run, "WORLD", tmp_path / "toy" / "world")
+    monkeypatch.setattr(toy.run, "build_world", lambda: built.append("world"))
+    monkeypatch.setattr(toy.run, "run_script", lambda *_: None)
     config.benchmark_root = str(tmp_path / "elsewhere" / name)
     toy.prepare(config)
     assert not built

@@ -2,7 +2,9 @@
 
 import json
 import random
+import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from hov2.model.thinker import load_thinker, load_tokenizer
 from hov2.prompts import load_prompts
 from hov2.rewards import accuracy_reward, block_text, format_reward
 from hov2.spans import span_masks, token_bytes_of
+from hov2.toy import __main__ as command
 
 SMALL = {"train_clips": 16, "rl_clips": 8, "eval_clips": 8, "sft_samples": 400}
 
@@ -77,7 +80,33 @@ def test_references_of_rl_and_evaluation_are_right_and_the_cold_start_is_flawed(
     assert plain == pytest.approx(toy.PLAIN_WALL, abs=0.07)
     assert {s.problem_type for s in flawed} == set(toy.QUESTIONS)
     bare = read_samples([Source(str(world / "train_sft_no_context.json"))])
-    assert [s.solution for s in bare] == [s.solution[s.solution.index("<think>"):] for s in flawed]
+    assert [s.solution for s in bare] == [s.solution[s.solution.index("<think>") :] for s in flawed]
+
+
+def after_the_context(text):
+    return text[text.index("<think>") :]
+
+
+def test_the_cold_start_takes_the_shortcut_as_often_as_it_should_and_whatever_the_wall(world):
+    taken = {kind: [] for kind in toy.SHORTCUT}
+    plain = {True: [], False: []}  # by whether the shortcut is taken
+    for sample in read_samples([Source(str(world / "train_sft.json"))]):
+        kind = sample.problem_type
+        number = int(sample.id.removeprefix("train-")[:4])
+        clip = toy.make_clip("train", number, random.Random(0))  # the number alone decides on face and voice
+        said = after_the_context(sample.solution)
+        whole = after_the_context(toy.solution(kind, clip))
+        if kind not in toy.SHORTCUT:
+            assert said == whole
+            continue
+        by_face = after_the_context(toy.solution(kind, clip, shortcut=True))
+        assert said in (whole, by_face)
+        taken[kind].append(said == by_face)
+        plain[said == by_face].append("plain" in sample.solution)
+    for kind, share in toy.SHORTCUT.items():
+        assert np.mean(taken[kind]) == pytest.approx(share, abs=0.08), kind
+    for walls in plain.values():
+        assert np.mean(walls) == pytest.approx(toy.PLAIN_WALL, abs=0.08)
 
 
 @pytest.mark.parametrize("kind", toy.MAIN_TYPES)
@@ -115,20 +144,31 @@ def test_the_thinker_loads_and_its_prompts_are_short(world):
         assert inputs.shape.second_per_grid == pytest.approx(0.25, rel=0.02) and len(inputs.prompt_ids) < 110
 
 
-@pytest.mark.parametrize("candidate, score", [
-    ("A smile, a falling voice, a red wall.", 1), ("A smile, a falling voice, a plain wall.", 2 / 3),
-    ("A smile, a rising voice, a red wall.", 2 / 3), ("A smile and a frown, a red or a blue wall.", 0), ("Nothing.", 0),
-])
+@pytest.mark.parametrize(
+    "candidate, score",
+    [
+        ("A smile, a falling voice, a red wall.", 1),
+        ("A smile, a falling voice, a plain wall.", 2 / 3),
+        ("A smile, a rising voice, a red wall.", 2 / 3),
+        ("A smile and a frown, a red or a blue wall.", 0),
+        ("Nothing.", 0),
+    ],
+)
 def test_context_rule(judge, candidate, score):
     reference = "<context>A smile, a falling voice, a red wall.</context>"
     reply = judge.context(f"<context>{candidate}</context>", reference)
     assert reply.error is None and reply.score == pytest.approx(score, abs=1e-3)
 
 
-@pytest.mark.parametrize("think, score", [
-    ("The smile with a falling voice: mockery.", 1), ("The smile: thanks.", 0.8), ("The frown: anger.", 0.6),
-    ("Hm.", 0.4),
-])
+@pytest.mark.parametrize(
+    "think, score",
+    [
+        ("The smile with a falling voice: mockery.", 1),
+        ("The smile: thanks.", 0.8),
+        ("The frown: anger.", 0.6),
+        ("Hm.", 0.4),
+    ],
+)
 def test_logic_rule(judge, think, score):
     text = f"<context>A smile, a falling voice, a red wall.</context><think>{think}</think>"
     assert judge.logic(text).score == pytest.approx(score)
@@ -148,8 +188,52 @@ def test_the_judge_answers_the_first_call_and_gives_no_score_for_what_it_does_no
 
 
 def test_prepare_leaves_other_configs_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(toy, "build_world", lambda *_: pytest.fail("built a world"))
+    monkeypatch.setattr(toy.run, "build_world", lambda *_: pytest.fail("built a world"))
     toy.prepare(SFTConfig(model="m", output_dir=str(tmp_path), data=[Source("data/other.json")]))
+
+
+def test_a_new_run_sets_its_own_earlier_one_aside_and_leaves_the_reader_s(tmp_path, monkeypatch):
+    (tmp_path / "configs").symlink_to(Path("configs").resolve())
+    monkeypatch.chdir(tmp_path)
+    own = ["world/world.json", "filter_stage2/kept.jsonl", "stage2/metrics.jsonl", "stage3/model/x", "summary.json"]
+    others = ["thin/config.json", "stage2_thin/metrics.jsonl", "eval/results.json", "world2/world.json", "notes.txt"]
+    for name in own + others:
+        path = toy.ROOT / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+
+    def first_step(*_):
+        raise KeyboardInterrupt  # the run ends here
+
+    monkeypatch.setattr(sys, "argv", ["hov2.toy", "--quick"])
+    monkeypatch.setattr(command, "build_world", lambda **_: (toy.WORLD / "clips").mkdir(parents=True))
+    monkeypatch.setattr(command, "run_script", first_step)
+    for number in (1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            command.main()
+        assert {name: (toy.ROOT / "earlier-1" / name).read_text() for name in own} == {name: name for name in own}
+        assert {name: (toy.ROOT / name).read_text() for name in others} == {name: name for name in others}
+        kept = {name.partition("/")[0] for name in others} | {f"earlier-{n + 1}" for n in range(number)}
+        assert {path.name for path in toy.ROOT.iterdir()} == kept | {"world"}
+    assert (toy.ROOT / "earlier-2/world/clips").is_dir()
+
+
+def test_the_configs_of_a_run_write_only_what_the_next_run_sets_aside():
+    for step, settings in command.steps_of_run():
+        config = json.loads((toy.CONFIGS / f"{step}.json").read_text()) | settings
+        for place in [config["output_dir"], config.get("filter", {}).get("output", config["output_dir"])]:
+            assert Path(place).relative_to(toy.ROOT).parts[0] in toy.run.WRITTEN
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_the_table_says_what_its_figures_are_worth(quick):
+    scores = {"questions": 2, "accuracy": 0.5, "format": 1.0, "context": None}
+    stage = scores | {"by_problem_type": dict.fromkeys(toy.QUESTIONS, 0.25)}
+    swap = {"sound": {"questions": 2, "format": 1.0, "changed_to_fit": 0.5}}
+    summary = {"quick": quick, "stages": {"stage3": stage}, "swap": swap, "questions_left": {"stage2": 7}, "seconds": 3}
+    text = command.format_summary(summary)
+    assert "differ a little from one CPU to another" in text
+    assert ("--quick: these figures show that everything runs, and nothing else" in text) == quick
 
 
 def test_configs_and_code_name_the_same_places():

@@ -2,70 +2,127 @@
 
 import argparse
 import json
-import shutil
 import time
+from collections.abc import Iterator
+from typing import Any
 
-from hov2 import toy
 from hov2.evaluation.results import table
-from hov2.toy.ablation import ABLATION, STEPS, ablate, read_variants
+from hov2.toy.ablation import ABLATION, ablate, read_variants
+from hov2.toy.rule_judge import RuleJudge
+from hov2.toy.run import (
+    EVAL_FILES,
+    FILTERED,
+    QUICK_NOTE,
+    QUICK_WORLD,
+    SCORES,
+    SCRIPTS,
+    STEPS,
+    SUMMARY,
+    Settings,
+    notes_on_figures,
+    read_predictions,
+    run_script,
+    scores_of,
+    set_earlier_run_aside,
+    settings_of,
+    swap_scores,
+)
+from hov2.toy.world import MAIN_TYPES, QUESTIONS, ROOT, SENSES, build_world
 
 
-def main():
-    """Builds the world, runs the three stages with an evaluation after each, prints and writes what came out."""
+def main() -> None:
+    """Do what the command line asks for."""
+    args = read_arguments()
+    if args.quick:
+        print(QUICK_NOTE, flush=True)
+    if args.ablate:
+        ablate(args.ablate, args.seeds, args.quick)
+    else:
+        run_stages(args.seed, args.quick, judge_rewards=not args.no_judge_rewards)
+
+
+def read_arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m hov2.toy", description="The whole method on synthetic clips.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="shorter: shows that everything runs, not that it learns")
     parser.add_argument("--no-judge-rewards", action="store_true", help="context and logic rewards weigh 0 in stage 2")
-    parser.add_argument("--ablate", nargs="?", const=ABLATION, metavar="FILE",
-                        help=f"instead: the variants of FILE, by default {ABLATION}, as a table and a figure")
+    parser.add_argument(
+        "--ablate",
+        nargs="?",
+        const=ABLATION,
+        metavar="FILE",
+        help=f"instead: the variants of FILE, by default {ABLATION}, as a table and a figure",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of --ablate; default: 0 1 2")
-    args = parser.parse_args()
-    if args.ablate:
-        return ablate(args.ablate, args.seeds, args.quick)
+    return parser.parse_args()
+
+
+def run_stages(seed: int, quick: bool, judge_rewards: bool) -> None:
+    """Build the world, run the three stages with an evaluation after each, print and write what came out."""
     started = time.monotonic()
-    variant = read_variants(ABLATION)["no-judge-rewards" if args.no_judge_rewards else "full"]
-    shutil.rmtree(toy.ROOT, ignore_errors=True)
-    toy.build_world(seed=args.seed, **(toy.QUICK_WORLD if args.quick else {}))
-    with toy.RuleJudge() as judge:
+    variant = read_variants(ABLATION)["full" if judge_rewards else "no-judge-rewards"]
+    set_earlier_run_aside()
+    build_world(seed=seed, **(QUICK_WORLD if quick else {}))
+    with RuleJudge() as judge:
         for step, own in steps_of_run():
             print(f"\n=== {own.get('output_dir', step)} ===", flush=True)
-            toy.run_script(step, toy.settings_of(step, variant, args.seed, args.quick, judge.url) | own)
-    predictions = {stage: toy.read_predictions(toy.ROOT / stage / "eval/predictions.jsonl") for stage in toy.SCRIPTS}
-    summary = {"seed": args.seed, "quick": args.quick, "judge_rewards": not args.no_judge_rewards,
-               "stages": {stage: toy.scores_of(by_file["eval"]) for stage, by_file in predictions.items()},
-               "swap": {sense: toy.swap_scores(predictions["stage3"], sense) for sense in toy.SENSES},
-               "questions_left": {stage: len(path.read_text().splitlines()) for stage, path in toy.FILTERED.items()},
-               "seconds": round(time.monotonic() - started, 1)}
-    (toy.ROOT / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+            run_script(step, settings_of(step, variant, seed, quick, judge.url) | own)
+
+    predictions = {stage: read_predictions(ROOT / stage / "eval/predictions.jsonl") for stage in SCRIPTS}
+    summary = {
+        "seed": seed,
+        "quick": quick,
+        "judge_rewards": judge_rewards,
+        "stages": {stage: scores_of(by_file["eval"]) for stage, by_file in predictions.items()},
+        "swap": {sense: swap_scores(predictions["stage3"], sense) for sense in SENSES},
+        "questions_left": {stage: len(path.read_text().splitlines()) for stage, path in FILTERED.items()},
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    SUMMARY.write_text(json.dumps(summary, indent=2) + "\n")
     print(format_summary(summary))
 
 
-def steps_of_run():
-    """Yields (step, its own settings): filters and stages, and after each stage an evaluation of its model.
+def steps_of_run() -> Iterator[tuple[str, Settings]]:
+    """Yield each step and its own settings: filters and stages, and after each stage an evaluation of its model.
 
     That of the last one is on the swapped clips too.
     """
     for step in STEPS[:-1]:
         yield step, {}
-        if step in toy.SCRIPTS:
-            files = toy.EVAL_FILES if step == "stage3" else toy.EVAL_FILES[:1]
-            yield "eval", {"model": str(toy.ROOT / step / "model"), "output_dir": str(toy.ROOT / step / "eval"),
-                           "data": [{"path": str(file)} for file in files]}
+        if step in SCRIPTS:
+            files = EVAL_FILES if step == "stage3" else EVAL_FILES[:1]
+            folder = ROOT / step
+            yield (
+                "eval",
+                {
+                    "model": str(folder / "model"),
+                    "output_dir": str(folder / "eval"),
+                    "data": [{"path": str(file)} for file in files],
+                },
+            )
 
 
-def format_summary(summary):
-    """The summary as text: a row a stage, then the swap test."""
-    rows = [("", *toy.SCORES, *toy.QUESTIONS)]
-    for stage, row in summary["stages"].items():
-        scores = [*(row[name] for name in toy.SCORES), *row["by_problem_type"].values()]
-        rows.append((stage, *("-" if score is None else f"{score:.3f}" for score in scores)))
+def format_summary(summary: dict[str, Any]) -> str:
+    """Return the summary as text: a row for each stage, then the swap test."""
     questions = summary["stages"]["stage3"]["questions"]
-    lines = [f"\ngreedy answers to {questions} held-out questions, {', '.join(toy.MAIN_TYPES)}", table(rows)]
+    rows = [("", *SCORES, *QUESTIONS)]
+    for stage, row in summary["stages"].items():
+        scores = [row[name] for name in SCORES]
+        scores += row["by_problem_type"].values()
+        cells = ["-" if score is None else f"{score:.3f}" for score in scores]
+        rows.append((stage, *cells))
+    lines = [f"\ngreedy answers to {questions} held-out questions, {', '.join(MAIN_TYPES)}", table(rows)]
+    lines += notes_on_figures(summary["quick"])
+
     for sense, row in summary["swap"].items():
-        lines.append(f"with the {sense} of a clip of the other kind: format {row['format']:.3f}, "
-                     f"{row['changed_to_fit']:.3f} of {row['questions']} intent answers change to the one that fits")
+        lines.append(
+            f"with the {sense} of a clip of the other kind: format {row['format']:.3f}, "
+            f"{row['changed_to_fit']:.3f} of {row['questions']} intent answers change to the one that fits"
+        )
     left = [f"{count} questions for {stage}" for stage, count in summary["questions_left"].items()]
-    lines += [f"the difficulty filter left {', '.join(left)}", f"{summary['seconds']:.0f} s; details in {toy.ROOT}"]
+    lines.append(f"the difficulty filter left {', '.join(left)}")
+    lines.append(f"{summary['seconds']:.0f} s; details in {ROOT}")
     return "\n".join(lines)
 
 
