@@ -25,7 +25,8 @@ from hov2.data.formats import DataError
 from hov2.data.inputs import InputMaker
 from hov2.data.samples import Sample, read_samples
 from hov2.evaluation import evaluator as evaluation
-from hov2.evaluation.evaluator import Evaluator, Journal, longest_first
+from hov2.evaluation.evaluator import Evaluator
+from hov2.evaluation.journal import Journal, longest_first
 from hov2.judge import Judge
 from hov2.model.encoder import Encoder
 from hov2.model.thinker import load_tokenizer

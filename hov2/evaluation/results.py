@@ -1,197 +1,293 @@
 """What the records of an evaluation add up to: means with intervals, votes, the difficulty filter, comparisons, tables.
 
-Pure functions. A record is one line of predictions.jsonl (evaluation.py): one question with one answer, or with several
+Pure functions. A record is one line of predictions.jsonl (evaluator.py): one question with one answer, or with several
 under `samples`. A value that is unknown or doesn't apply is None and left out of every mean.
 """
 
 import math
 from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import numpy as np
+
+from hov2.config import FilterConfig
 
 DRAWS = 1000  # of a bootstrap
 SCORES = ("accuracy", "exact", "format", "context")  # of an answer
 COUNTS = ("no_answer", "truncated")
 
 
-def mean(values):
-    """The mean of the values that are there; None if none is."""
-    present = [v for v in values if v is not None]
-    return math.fsum(present) / len(present) if present else None
+def mean(values: Iterable[float | None]) -> float | None:
+    """Return the mean of the values that are there; None if none is."""
+    present = [value for value in values if value is not None]
+    if not present:
+        return None
+    return math.fsum(present) / len(present)
 
 
-def interval(values, seed=0):
-    """[low, high], the 95 % bootstrap interval of the mean over the questions; None without a value.
+def interval(values: Iterable[float | None], seed: int = 0) -> list[float] | None:
+    """Return [low, high], the 95 % bootstrap interval of the mean over the questions; None without a value.
 
     The questions are drawn anew, with replacement, 1,000 times; equal values give an equal interval.
     """
-    present = np.array([v for v in values if v is not None], float)
+    present = np.array([value for value in values if value is not None], float)
     if not len(present):
         return None
     rng = np.random.default_rng(seed)
-    means = [present[rng.integers(len(present), size=len(present))].mean() for _ in range(DRAWS)]
+    means = []
+    for _ in range(DRAWS):
+        drawn = rng.integers(len(present), size=len(present))
+        means.append(present[drawn].mean())
     return [round(float(bound), 6) for bound in np.percentile(means, [2.5, 97.5])]
 
 
-def majority(votes):
-    """The position of the first vote for what most voted for (of equals, what was said first); 0 if all are None."""
-    counts = Counter(vote for vote in votes if vote is not None)  # keeps the order of first votes
-    return votes.index(max(counts, key=counts.get)) if counts else 0
+def majority(votes: list) -> int:
+    """Return the position of the first vote for what most voted for (of equals, what was said first).
+
+    None is no vote; the position is 0 if all are None.
+    """
+    counts = Counter(vote for vote in votes if vote is not None)
+    if not counts:
+        return 0
+    elected = max(counts, key=counts.get)  # of equals the first: a Counter keeps the order of first votes
+    return votes.index(elected)
 
 
-def over_samples(answers):
-    """What a record says of several answers to its question: mean scores, and the answer that the majority gave.
+def over_samples(answers: list[dict]) -> dict:
+    """Return what a record says of several answers to its question: mean scores, and the answer of the majority.
 
     `pass` is the best sample's accuracy (with scores of 0 and 1: whether any was right), `majority` that of the answer
     which most samples agree on; `no_answer` and `truncated` count samples.
     """
-    elected = answers[majority([a["parsed"] for a in answers])]
-    return elected | {name: mean(a[name] for a in answers) for name in SCORES} | {
-        "pass": max((a["accuracy"] for a in answers if a["accuracy"] is not None), default=None),
-        "majority": elected["accuracy"],
-        **{name: sum(a[name] for a in answers) for name in COUNTS},
-        "samples": answers,
-    }
+    elected = answers[majority([answer["parsed"] for answer in answers])]
+    accuracies = [answer["accuracy"] for answer in answers if answer["accuracy"] is not None]
+    said = dict(elected)
+    for name in SCORES:
+        said[name] = mean(answer[name] for answer in answers)
+    said["pass"] = max(accuracies, default=None)
+    said["majority"] = elected["accuracy"]
+    for name in COUNTS:
+        said[name] = sum(answer[name] for answer in answers)
+    said["samples"] = answers
+    return said
 
 
-def answers_of(record):
-    """The answers that a record holds: none (an unreadable clip), itself, or its samples."""
-    return [] if record["error"] else record.get("samples", [record])
+def answers_of(record: dict) -> list[dict]:
+    """Return the answers that a record holds: none (an unreadable clip), itself, or its samples."""
+    if record["error"]:
+        return []
+    return record.get("samples", [record])
 
 
-def summarize(records):
-    """Scores of all records with their intervals, accuracy by problem type, and counts of what is missing."""
-    answers = [answer for record in records for answer in answers_of(record)]
-    samples = max((len(answers_of(record)) for record in records), default=1)
-    names = {"accuracy": "accuracy", "exact": "exact"}
-    if samples > 1:
-        names |= {f"mean@{samples}": "accuracy", f"pass@{samples}": "pass", f"majority@{samples}": "majority"}
-    columns = {name: [record.get(key) for record in records] for name, key in names.items()}
-    kinds = {kind: [r["accuracy"] for r in records if r["problem_type"] == kind]
-             for kind in sorted({r["problem_type"] for r in records})}
-    return {
-        "questions": len(records), "answers": len(answers),
-        **{name: mean(values) for name, values in columns.items()},
-        "intervals": {name: interval(values) for name, values in columns.items()},
-        **{name: mean(r[name] for r in records) for name in ("format", "context")},
-        "by_problem_type": {kind: {"questions": len(values), "accuracy": mean(values), "interval": interval(values)}
-                            for kind, values in kinds.items()},
-        **{name: sum(a[name] for a in answers) for name in COUNTS},
-        "unscored": sum(a["accuracy"] is None for a in answers),
-        "unreadable": sum(bool(r["error"]) for r in records),
-    }
+def summarize(records: list[dict]) -> dict:
+    """Return scores of all records with their intervals, accuracy by problem type, and counts of what is missing."""
+    answers = []
+    num_samples = 0
+    for record in records:
+        found = answers_of(record)
+        answers.extend(found)
+        num_samples = max(num_samples, len(found))
+
+    fields = {"accuracy": "accuracy", "exact": "exact"}  # {score: field of a record}
+    if num_samples > 1:
+        fields[f"mean@{num_samples}"] = "accuracy"
+        fields[f"pass@{num_samples}"] = "pass"
+        fields[f"majority@{num_samples}"] = "majority"
+
+    summary = {"questions": len(records), "answers": len(answers)}
+    intervals = {}
+    for name, field in fields.items():
+        values = [record.get(field) for record in records]
+        summary[name] = mean(values)
+        intervals[name] = interval(values)
+    summary["intervals"] = intervals
+    for name in ("format", "context"):
+        summary[name] = mean(record[name] for record in records)
+    summary["by_problem_type"] = _by_problem_type(records)
+    for name in COUNTS:
+        summary[name] = sum(answer[name] for answer in answers)
+    summary["unscored"] = sum(answer["accuracy"] is None for answer in answers)
+    summary["unreadable"] = sum(bool(record["error"]) for record in records)
+    return summary
 
 
-def share_right(record, threshold):
-    """The share of a record's scored answers with an accuracy above `threshold`; None without a scored answer."""
-    scores = [a["accuracy"] for a in answers_of(record) if a["accuracy"] is not None]
-    return sum(score > threshold for score in scores) / len(scores) if scores else None
+def _by_problem_type(records: list[dict]) -> dict[str, dict]:
+    accuracies = {}
+    for record in records:
+        accuracies.setdefault(record["problem_type"], []).append(record["accuracy"])
+    found = {}
+    for kind, values in sorted(accuracies.items()):
+        found[kind] = {"questions": len(values), "accuracy": mean(values), "interval": interval(values)}
+    return found
 
 
-def keep(record, rule):
-    """What the difficulty filter `rule` (config.FilterConfig) says of a question: kept, too easy, too hard, unknown."""
+def share_right(record: dict, threshold: float) -> float | None:
+    """Return the share of a record's scored answers with an accuracy above `threshold`; None without a scored one."""
+    scores = [answer["accuracy"] for answer in answers_of(record) if answer["accuracy"] is not None]
+    if not scores:
+        return None
+    return sum(score > threshold for score in scores) / len(scores)
+
+
+def keep(record: dict, rule: FilterConfig) -> str:
+    """Return what the difficulty filter says of a question: "kept", "too easy", "too hard" or "unknown"."""
     share = share_right(record, rule.threshold)
     if share is None:
         return "unknown"
-    return "too hard" if share <= rule.min_share else "too easy" if share >= rule.max_share else "kept"
+    if share <= rule.min_share:
+        return "too hard"
+    if share >= rule.max_share:
+        return "too easy"
+    return "kept"
 
 
-def compare(first, second):
-    """What changed between the records of two evaluations: `changed` and `same` questions, and those of one alone.
+def compare(first: list[dict], second: list[dict]) -> dict:
+    """Return what changed between the records of two evaluations.
 
-    Questions are matched by id (equal ids by their order). `changed`: pairs of records whose accuracy differs.
-    `difference`: of the mean accuracies, second minus first, over questions that have one in both, and its interval.
+    Questions are matched by id (equal ids by their order). `pairs` are the records of questions that both have,
+    `changed` the pairs whose accuracy differs, `only` the ids that one alone has: [of the first, of the second].
+    `difference` is that of the mean accuracies, second minus first, over questions that have one in both, and
+    `interval` its interval; `better` and `worse` count such questions.
     """
-    first, second = _by_id(first), _by_id(second)
+    first = _by_id(first)
+    second = _by_id(second)
     pairs = [(record, second[key]) for key, record in first.items() if key in second]
-    steps = [b["accuracy"] - a["accuracy"] for a, b in pairs if None not in (a["accuracy"], b["accuracy"])]
+    changed = [(before, after) for before, after in pairs if before["accuracy"] != after["accuracy"]]
+    steps = []
+    for before, after in pairs:
+        if before["accuracy"] is not None and after["accuracy"] is not None:
+            steps.append(after["accuracy"] - before["accuracy"])
+    only_first = [name for name, number in first if (name, number) not in second]
+    only_second = [name for name, number in second if (name, number) not in first]
     return {
-        "pairs": pairs, "changed": [(a, b) for a, b in pairs if a["accuracy"] != b["accuracy"]],
-        "better": sum(step > 0 for step in steps), "worse": sum(step < 0 for step in steps),
-        "difference": mean(steps), "interval": interval(steps),
-        "only": [[key[0] for key in one if key not in other] for one, other in ((first, second), (second, first))],
+        "pairs": pairs,
+        "changed": changed,
+        "better": sum(step > 0 for step in steps),
+        "worse": sum(step < 0 for step in steps),
+        "difference": mean(steps),
+        "interval": interval(steps),
+        "only": [only_first, only_second],
     }
 
 
-def _by_id(records):
+def _by_id(records: list[dict]) -> dict[tuple[str, int], dict]:
+    """Return {(id, how many times this id has come so far): record}."""
     seen = Counter()
-    return {(r["id"], seen.update([r["id"]]) or seen[r["id"]]): r for r in records}
+    found = {}
+    for record in records:
+        seen[record["id"]] += 1
+        found[record["id"], seen[record["id"]]] = record
+    return found
 
 
-def differing(first, second):
-    """{key: (value in the first, value in the second)} of what two protocols don't have in common."""
+def differing(first: dict, second: dict) -> dict[str, tuple]:
+    """Return {key: (value in the first, value in the second)} of what two protocols don't have in common."""
     return {key: (first.get(key), second.get(key)) for key in first | second if first.get(key) != second.get(key)}
 
 
 # ---- Tables ----
 
 
-def table(rows):
-    """Rows of cells as text, each column as wide as it needs: the first one to the left, the others to the right."""
-    first, *others = [max(len(str(cell)) for cell in column) for column in zip(*rows)]
-    return "\n".join(f"{name:<{first}}" + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, others))
-                     for name, *cells in rows)
+def table(rows: Sequence[Sequence]) -> str:
+    """Return rows of cells as text, each column as wide as it needs: the first to the left, the others to the right."""
+    widths = []
+    for column in zip(*rows):
+        widths.append(max(len(str(cell)) for cell in column))
+    lines = []
+    for name, *cells in rows:
+        line = f"{name:<{widths[0]}}"
+        for cell, width in zip(cells, widths[1:]):
+            line += f"  {cell:>{width}}"
+        lines.append(line)
+    return "\n".join(lines)
 
 
-def format_summary(summary):
-    """The summary as a text table."""
-    rows = [(name, *cells) for name, cells in _scores_of(summary).items()]
+def format_summary(summary: dict) -> str:
+    """Return the summary as a text table."""
+    rows = [("problem type", *SCORE_CELLS)]
+    for name, cells in _scores_of(summary).items():
+        rows.append((name, *cells))
     others = [f"{name}: {_number(summary[name])}" for name in ("format", "context")]
     others += [f"{name.replace('_', ' ')}: {summary[name]}" for name in (*COUNTS, "unscored", "unreadable")]
-    return table([("problem type", *SCORE_CELLS), *rows]) + "\n" + ", ".join(others)
+    return table(rows) + "\n" + ", ".join(others)
 
 
 SCORE_CELLS = ("questions", "accuracy", "95 % interval")
 NO_SCORE = (0, "-", "-")
 
 
-def _scores_of(summary):
-    """{name: SCORE_CELLS as text} of each problem type, then of each score over all questions."""
-    rows = {kind: (row["questions"], row["accuracy"], row["interval"])
-            for kind, row in summary["by_problem_type"].items()}
-    rows |= {"all" if name == "accuracy" else name: (summary["questions"], summary[name], bounds)
-             for name, bounds in summary["intervals"].items()}
-    return {name: (questions, _number(score), _bounds(bounds)) for name, (questions, score, bounds) in rows.items()}
+def _scores_of(summary: dict) -> dict[str, tuple[int, str, str]]:
+    """Return the SCORE_CELLS, as text, of each problem type, then of each score over all questions."""
+    cells = {}
+    for kind, row in summary["by_problem_type"].items():
+        cells[kind] = row["questions"], _number(row["accuracy"]), _bounds(row["interval"])
+    for name, bounds in summary["intervals"].items():
+        label = "all" if name == "accuracy" else name
+        cells[label] = summary["questions"], _number(summary[name]), _bounds(bounds)
+    return cells
 
 
-def format_protocol(protocol):
-    """One line that says how the answers were had."""
-    names = ("model", "system_prompt", "max_new_tokens", "max_frames", "fps", "max_pixels", "temperature")
-    names += ("top_p", "top_k", "num_samples", "seed") if protocol["temperature"] else ()  # else greedy
-    return ", ".join(f"{name} {(protocol | protocol['media'])[name]}" for name in names)
+def format_protocol(protocol: dict) -> str:
+    """Return one line that says how the answers were had."""
+    names = ["model", "system_prompt", "max_new_tokens", "max_frames", "fps", "max_pixels", "temperature"]
+    if protocol["temperature"]:  # else greedy
+        names += ["top_p", "top_k", "num_samples", "seed"]
+    values = protocol | protocol["media"]
+    return ", ".join(f"{name} {values[name]}" for name in names)
 
 
-def format_filter(records, rule):
-    """What the difficulty filter leaves, by problem type."""
-    verdicts = Counter((kind, keep(r, rule)) for r in records for kind in (r["problem_type"], "all"))
-    names = ("kept", "too easy", "too hard", "unknown")
-    kinds = (*sorted({r["problem_type"] for r in records}), "all")
-    return table([("problem type", *names), *((kind, *(verdicts[kind, name] for name in names)) for kind in kinds)])
+def format_filter(records: list[dict], rule: FilterConfig) -> str:
+    """Return a table of what the difficulty filter leaves, by problem type."""
+    counts = Counter()  # of (problem type, verdict)
+    for record in records:
+        verdict = keep(record, rule)
+        counts[record["problem_type"], verdict] += 1
+        counts["all", verdict] += 1
+    verdicts = ("kept", "too easy", "too hard", "unknown")
+    kinds = sorted({record["problem_type"] for record in records})
+    rows = [("problem type", *verdicts)]
+    for kind in [*kinds, "all"]:
+        cells = [counts[kind, verdict] for verdict in verdicts]
+        rows.append((kind, *cells))
+    return table(rows)
 
 
-def format_comparison(names, results, records):
-    """Two evaluations side by side: `names`, `results` (results.json) and `records` (predictions.jsonl) of each."""
+def format_comparison(names: Sequence[str], results: Sequence[dict], records: Sequence[list[dict]]) -> str:
+    """Return two evaluations side by side: `names`, `results` (results.json) and `records` (predictions.jsonl)."""
     found = compare(*records)
-    lines = [f"{letter}: {name}" for letter, name in zip("AB", names)]
-    lines += [f"{key}: A {a!r}, B {b!r}" for key, (a, b) in differing(*(r["protocol"] for r in results)).items()]
-    one, other = map(_scores_of, results)
-    rows = [(name, *one.get(name, NO_SCORE), *other.get(name, NO_SCORE)) for name in one | other]
-    lines.append("\n" + table([("", *(f"{name} {cell}" for name in "AB" for cell in SCORE_CELLS)), *rows]))
-    lines.append(f"\nof {len(found['pairs'])} questions in both, {found['better']} are better in B, {found['worse']} "
-                 f"worse; B - A: {_number(found['difference'], '+')}  {_bounds(found['interval'], '+')}")
-    lines += [f"{a['id']}: {_said(a)} -> {_said(b)}" for a, b in found["changed"]]
-    lines += [f"only in {letter} ({len(ids)}): {', '.join(ids[:5])}" for letter, ids in zip("AB", found["only"]) if ids]
+    lines = [f"A: {names[0]}", f"B: {names[1]}"]
+    for key, (first, second) in differing(results[0]["protocol"], results[1]["protocol"]).items():
+        lines.append(f"{key}: A {first!r}, B {second!r}")
+
+    first_scores = _scores_of(results[0])
+    second_scores = _scores_of(results[1])
+    header = [f"A {cell}" for cell in SCORE_CELLS] + [f"B {cell}" for cell in SCORE_CELLS]
+    rows = [("", *header)]
+    for name in first_scores | second_scores:
+        rows.append((name, *first_scores.get(name, NO_SCORE), *second_scores.get(name, NO_SCORE)))
+    lines += ["", table(rows), ""]
+
+    lines.append(
+        f"of {len(found['pairs'])} questions in both, {found['better']} are better in B, {found['worse']} worse; "
+        f"B - A: {_number(found['difference'], '+')}  {_bounds(found['interval'], '+')}"
+    )
+    for before, after in found["changed"]:
+        lines.append(f"{before['id']}: {_said(before)} -> {_said(after)}")
+    for letter, ids in zip("AB", found["only"]):
+        if ids:
+            lines.append(f"only in {letter} ({len(ids)}): {', '.join(ids[:5])}")
     return "\n".join(lines)
 
 
-def _said(record):
+def _said(record: dict) -> str:
+    """Return the beginning of what a record's answer is, or why there is none, with its accuracy."""
     said = record["error"] or record["parsed"] or record["answer"] or "no answer"
     return f"{' '.join(said.split()):.40} ({_number(record['accuracy'])})"
 
 
-def _number(value, sign=""):
+def _number(value: float | None, sign: str = "") -> str:
     return "-" if value is None else f"{value:{sign}.3f}"
 
 
-def _bounds(pair, sign=""):
+def _bounds(pair: Sequence[float] | None, sign: str = "") -> str:
     return "-" if pair is None else f"{pair[0]:{sign}.3f} to {pair[1]:{sign}.3f}"

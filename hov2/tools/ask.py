@@ -12,16 +12,16 @@ import codecs
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from hov2.config import MediaConfig
+from hov2.data.formats import DataError
 from hov2.data.inputs import InputMaker, kind_of
 from hov2.data.media import MediaError, read_media
-from hov2.data.samples import (
-    read_records,
-    to_sample,
-    tried,
-)
+from hov2.data.samples import Sample, read_records, to_sample, tried
 from hov2.distributed import compute_dtype, device_of, use_cuda
 from hov2.engine.setup import USER_ERRORS
 from hov2.model.encoder import Encoder
@@ -38,61 +38,104 @@ class Asker:
     `prompts`: a file as in a config's `prompts`. `system` replaces its system prompt; "" leaves it out.
     """
 
-    def __init__(self, model, prompts=None, system=None, limit=2048):
+    def __init__(self, model: str, prompts: str | None = None, system: str | None = None, limit: int = 2048):
         device = device_of("auto")
         if device.type == "cuda":
             use_cuda(device)
         words = load_prompts(prompts).words
+        if system is not None:
+            words = words | {"system": system}
         self.tokenizer = load_tokenizer(model)
-        self.make = InputMaker(self.tokenizer, Prompts(words if system is None else words | {"system": system}),
-                               MediaConfig())
+        self.make = InputMaker(self.tokenizer, Prompts(words), MediaConfig())
         self.thinker = load_thinker(model, compute_dtype("auto", device)).to(device).eval()
         self.sampling = sampling_for(self.tokenizer, self.thinker.config, temperature=0.0, max_completion_length=limit)
 
-    def ask(self, sample, write=lambda piece: None):
-        """Answers `sample`, handing its text to `write` as it comes; returns what a line of --batch holds.
+    def ask(self, sample: Sample, write: Callable[[str], object] = lambda piece: None) -> dict:
+        """Answer `sample`, handing its text to `write` as it comes; return what a line of --batch holds.
 
         "first_token" is in seconds from the question on; "rate" is in tokens a second after the first; "tokens" counts
         the end of turn. Raises MediaError and DataError for what can't be asked.
         """
-        start, times, ended = time.perf_counter(), [], False
+        start = time.perf_counter()
+        times = []  # of the tokens
+        ended = False
         decoder = codecs.getincrementaldecoder("utf-8")("replace")  # keeps back characters that aren't all there yet
 
-        def show(row):
+        def show(row: torch.Tensor) -> None:
             nonlocal ended
-            if not ended:  # what follows the end of turn is padding
-                times.append(time.perf_counter())
-                ended = int(row[0]) in self.sampling.stop_ids
-                write("" if ended else decoder.decode(token_bytes_of(self.tokenizer, row)[0]))
+            if ended:  # what follows the end of turn is padding
+                return
+            times.append(time.perf_counter())
+            ended = int(row[0]) in self.sampling.stop_ids
+            if not ended:
+                write(decoder.decode(token_bytes_of(self.tokenizer, row)[0]))
 
         prompt = Encoder(self.thinker, self.thinker.device)(self.make(sample))
         rollout = generate(self.thinker, [prompt], 1, self.sampling, [None], on_token=show)[0]
         write(decoder.decode(b"", final=True))
         text = completion_texts(completion_tokens(self.tokenizer, rollout))[0]
-        return {"id": sample.id, "problem": sample.problem, "completion": text, "answer": answer_text(text),
-                "truncated": bool(rollout.truncated[0]), "tokens": len(times), "first_token": times[0] - start,
-                "rate": (len(times) - 1) / max(times[-1] - times[0], 1e-9)}
+        return {
+            "id": sample.id,
+            "problem": sample.problem,
+            "completion": text,
+            "answer": answer_text(text),
+            "truncated": bool(rollout.truncated[0]),
+            "tokens": len(times),
+            "first_token": times[0] - start,
+            "rate": (len(times) - 1) / max(times[-1] - times[0], 1e-9),
+        }
 
 
-def to_question(record, number, path):
-    """A record -> Sample, as in training data but without need of `solution`, `problem_type` or `data_type`."""
+def to_question(record: dict | DataError, number: int, path: str | Path) -> Sample:
+    """Return a record as a Sample, as in training data but without need of solution, problem_type or data_type."""
     if isinstance(record, dict):
-        record = {"solution": "-", "problem_type": "multiple choice" if record.get("options") else "free-form",
-                  "data_type": "image_audio" if isinstance(record.get("path"), dict) else "text"} | record
+        defaults = {
+            "solution": "-",
+            "problem_type": "multiple choice" if record.get("options") else "free-form",
+            "data_type": "image_audio" if isinstance(record.get("path"), dict) else "text",
+        }
+        record = defaults | record
     return to_sample(record, number, path, Path(path).parent)
 
 
-def read_questions(args):
-    """The samples that the command line asks about. Raises DataError and MediaError."""
+def read_questions(args: argparse.Namespace) -> list[Sample]:
+    """Return the samples that the command line asks about. Raises DataError and MediaError."""
     if args.batch:
         return [to_question(record, number, args.batch) for number, record in read_records(args.batch)]
-    record = {"problem": args.question, "options": args.options, "path": args.clip,
-              "data_type": kind_of(read_media(args.clip, max_frames=2))}
+    record = {
+        "problem": args.question,
+        "options": args.options,
+        "path": args.clip,
+        "data_type": kind_of(read_media(args.clip, max_frames=2)),
+    }
     return [to_question(record, 1, "the question")]
 
 
-def main(argv=None):
-    """Does what the command line says and returns the exit code; a mistake of the user's is one line and code 1."""
+def answer_all(asker: Asker, samples: list[Sample]) -> int:
+    """Print a line of JSON for each sample; return the exit code: 1 if one could not be asked."""
+    code = 0
+    for sample in samples:
+        answer = tried(asker.ask, sample)
+        if isinstance(answer, Exception):
+            answer = {"id": sample.id, "problem": sample.problem, "error": str(answer)}
+            code = 1
+        print(json.dumps(answer), flush=True)
+    return code
+
+
+def answer_one(asker: Asker, sample: Sample) -> int:
+    """Print the answer to a sample as it comes, then its timing; return the exit code 0."""
+    answer = asker.ask(sample, lambda piece: print(piece, end="", flush=True))
+    cut_off = ", cut off at the limit" if answer["truncated"] else ""
+    print(
+        f"\n[first token after {answer['first_token']:.2f} s; {answer['tokens']} tokens{cut_off}; "
+        f"{answer['rate']:.1f} tokens/s]"
+    )
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Do what the command line says and return the exit code; a mistake of the user's is one line and code 1."""
     parser = argparse.ArgumentParser(prog="python -m hov2.tools.ask", description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("model", help="a thinker's folder, a full Qwen2.5-Omni folder, or a hub id")
     parser.add_argument("clip", nargs="?", help="a video, a sound or an image")
@@ -109,20 +152,11 @@ def main(argv=None):
         samples = read_questions(args)
         asker = Asker(args.model, args.prompts, args.system, args.max_new_tokens)
         if args.batch:
-            code = 0
-            for sample in samples:
-                answer = tried(asker.ask, sample)
-                if isinstance(answer, Exception):
-                    code, answer = 1, {"id": sample.id, "problem": sample.problem, "error": str(answer)}
-                print(json.dumps(answer), flush=True)
-            return code
-        answer = asker.ask(*samples, lambda piece: print(piece, end="", flush=True))
+            return answer_all(asker, samples)
+        return answer_one(asker, samples[0])
     except (*USER_ERRORS, MediaError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"\n[first token after {answer['first_token']:.2f} s; {answer['tokens']} tokens"
-          f"{', cut off at the limit' * answer['truncated']}; {answer['rate']:.1f} tokens/s]")
-    return 0
 
 
 if __name__ == "__main__":

@@ -15,11 +15,16 @@ import json
 import re
 import sys
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import av
 
 from hov2.evaluation.results import format_comparison
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_BYTES = 14e6  # of the page, for rollouts with their clips
 MAX_PROMPTS = 8  # of a step
@@ -32,124 +37,195 @@ class ReportError(ValueError):
     """A run that can't be shown; the message names the folder or the file."""
 
 
-def make_report(folders):
-    """The page of the runs in `folders`, as text. ReportError for a folder that holds nothing to show."""
-    names = [Path(folder).resolve().name for folder in folders]
-    folders = {name if names.count(name) == 1 else str(folder): Path(folder) for name, folder in zip(names, folders)}
+def make_report(folders: list[str | Path]) -> str:
+    """Return the page of the runs in `folders`. ReportError for a folder that holds nothing to show."""
+    folders = _named(folders)
     for folder in folders.values():
-        if not any(list(folder.glob(name)) for name in ("metrics.jsonl", "rollouts.jsonl", *RESULTS)):
+        if not _holds_a_run(folder):
             raise ReportError(f"{folder}: no metrics.jsonl, rollouts.jsonl or results.txt of a run in it")
-    runs = [{"name": name, "metrics": read_records(folder / "metrics.jsonl"),
-             "rollouts": pack_rollouts(folder, MAX_BYTES / len(folders))} for name, folder in folders.items()]
+    runs = []
+    for name, folder in folders.items():
+        metrics = read_records(folder / "metrics.jsonl")
+        rollouts = pack_rollouts(folder, MAX_BYTES / len(folders))
+        runs.append({"name": name, "metrics": metrics, "rollouts": rollouts})
     parts = {kind: (_HERE / f"report.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")}
     parts["data"] = _json({"runs": runs, "about": explanations(), "evaluations": read_evaluations(folders)})
     parts["title"] = html.escape(", ".join(folders))
     return re.sub("@(title|css|js|data)@", lambda match: parts[match[1]], parts["html"])
 
 
-def _json(data):
-    """JSON that can stand in a <script>: no `<` in it, so that nothing ends that element."""
+def _named(folders: list[str | Path]) -> dict[str, Path]:
+    """Return {name of the run: its folder}: the folder's own name, its whole path where two have the same."""
+    names = [Path(folder).resolve().name for folder in folders]
+    named = {}
+    for name, folder in zip(names, folders):
+        key = name if names.count(name) == 1 else str(folder)
+        named[key] = Path(folder)
+    return named
+
+
+def _holds_a_run(folder: Path) -> bool:
+    for pattern in ("metrics.jsonl", "rollouts.jsonl", *RESULTS):
+        if list(folder.glob(pattern)):
+            return True
+    return False
+
+
+def _json(data: object) -> str:
+    """Return JSON that can stand in a <script>: no `<` in it, so that nothing ends that element."""
     return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def _record(path, text):
+def _record(path: Path, text: bytes) -> dict:
     try:
         return json.loads(text)
     except ValueError as error:
         raise ReportError(f"{path}: expected JSON, got {text[:40]!r}: {error}") from None
 
 
-def _lines(path):
-    """The whole lines of a file, as bytes: none of one that isn't there, and no last one that is cut off."""
-    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+def _lines(path: Path) -> list[bytes]:
+    """Return the whole lines of a file: none of one that isn't there, and no last one that is cut off."""
+    if not path.exists():
+        return []
+    return path.read_bytes().split(b"\n")[:-1]
 
 
-def read_records(path):
-    """What the whole lines of a JSONL file hold. ReportError for what is no JSON."""
+def read_records(path: Path) -> list[dict]:
+    """Return what the whole lines of a JSONL file hold. ReportError for what is no JSON."""
     return [_record(path, line) for line in _lines(path)]
 
 
-def explanations():
-    """[[pattern of names in backticks, what it is]] of the values in the tables of docs/metrics.md, in their order."""
+def explanations() -> list[list[str]]:
+    """Return [pattern of names, what it is] of the values in the tables of docs/metrics.md, in their order."""
     text = (_HERE.parents[2] / "docs/metrics.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (`.+?) \| (.+?) \|", text, re.MULTILINE)
-    return [[re.sub("NAME|KIND", "[^/]+", names).replace(", ", "|"), about.replace("`", "")] for names, about in rows]
+    explained = []
+    for names, about in re.findall(r"^\| (`.+?) \| (.+?) \|", text, re.MULTILINE):
+        pattern = re.sub("NAME|KIND", "[^/]+", names).replace(", ", "|")
+        explained.append([pattern, about.replace("`", "")])
+    return explained
 
 
 # ---- Rollouts ----
 
 
-def pack_rollouts(folder, budget):
-    """The run's rollouts for the page, of steps spread evenly over it, as many as go into `budget` bytes.
+def pack_rollouts(folder: Path, budget: float) -> dict:
+    """Return the run's rollouts for the page, of steps spread evenly over it, as many as go into `budget` bytes.
 
-    Returns {"steps": {step: base64 of deflated JSON}, "dumped": steps in the file, "clips": {path: clip}}. A step is a
-    list of at most MAX_PROMPTS records of train_grpo.dump_record, with what `_add_to` adds.
+    {"steps": {step: base64 of deflated JSON}, "dumped": steps in the file, "clips": {path: clip}}. A step is a list of
+    at most MAX_PROMPTS records of train_grpo.dump_record, with what `_add_to` adds.
     """
-    path, groups, packed, clips, used = folder / "rollouts.jsonl", {}, {}, {}, 0
+    path = folder / "rollouts.jsonl"
+    lines_of = _lines_by_step(path)
+    settings = None
+    if lines_of:
+        settings = _record(folder / "config.json", (folder / "config.json").read_bytes())["media"]
+    packed = {}
+    clips = {}
+    used = 0
+    for step in _spread(sorted(lines_of, reverse=True)):
+        every = -(-len(lines_of[step]) // MAX_PROMPTS)  # rounded up
+        records = [_record(path, line) for line in lines_of[step][::every]]
+        new_files = set()
+        for record in records:
+            new_files.update(record["media"].values())
+            for completion in record["completions"]:
+                _add_to(completion)
+        new_files -= clips.keys()
+        new_clips = {file: read_clip(file, settings) for file in sorted(new_files)}
+        text = base64.b64encode(zlib.compress(_json(records).encode(), 9)).decode()
+        used += len(text) + len(_json(new_clips))
+        if used > budget and packed:  # one step is always shown
+            break
+        packed[step] = text
+        clips |= new_clips
+    return {"steps": packed, "dumped": len(lines_of), "clips": clips}
+
+
+def _lines_by_step(path: Path) -> dict[int, list[bytes]]:
+    """Return {step: its records' lines}; they are read without parsing them, since most may not be shown."""
+    lines_of = {}
     for line in _lines(path):
         match = re.match(rb'{"step": (\d+),', line)
         if not match:
             raise ReportError(f"{path}: expected the records that train_grpo.py writes, got {line[:40]!r}")
-        groups.setdefault(int(match[1]), []).append(line)
-    settings = groups and _record(folder / "config.json", (folder / "config.json").read_bytes())["media"]
-    steps = sorted(groups, reverse=True)
-    ruler = sorted(range(len(steps)), key=lambda i: i & -i or len(steps), reverse=True)  # its longest marks first
-    for step in (steps[i] for i in ruler):
-        records = [_record(path, line) for line in groups[step][::-(-len(groups[step]) // MAX_PROMPTS)]]
-        for completion in (c for record in records for c in record["completions"]):
-            _add_to(completion)
-        files = {file for record in records for file in record["media"].values()} - clips.keys()
-        more = {file: read_clip(file, settings) for file in sorted(files)}
-        text = base64.b64encode(zlib.compress(_json(records).encode(), 9)).decode()
-        used += len(text) + len(_json(more))
-        if used > budget and packed:
-            break
-        packed[step] = text
-        clips |= more
-    return {"steps": packed, "dumped": len(groups), "clips": clips}
+        lines_of.setdefault(int(match[1]), []).append(line)
+    return lines_of
 
 
-def _add_to(completion):
-    """Adds `blocks`, {tag: [start, end] in its text}, and, as the first value of its tokens, the sum of all credits."""
+def _spread(items: list[int]) -> Iterator[int]:
+    """Yield all items, so that wherever one stops, those so far are spread evenly.
+
+    As the marks of a ruler, the longest first: the first item, then those whose position is a multiple of the highest
+    power of two, then of the next lower one, and so on.
+    """
+    size = 1
+    while size < len(items):
+        size *= 2
+    yield from items[:1]
+    while size > 1:
+        size //= 2
+        yield from items[size :: 2 * size]  # the odd multiples of `size`
+
+
+def _add_to(completion: dict) -> None:
+    """Add `blocks`, {tag: [start, end] in its text}, and, as the first value of its tokens, the sum of all credits."""
     from hov2.spans import find_block  # here, as below: this module is imported without torch
-    found = {tag: find_block(completion["text"], tag) for tag in ("context", "think", "answer")}
-    completion["blocks"] = {tag: [block[0], block[3]] for tag, block in found.items() if block}
+
+    completion["blocks"] = {}
+    for tag in ("context", "think", "answer"):
+        block = find_block(completion["text"], tag)
+        if block:
+            completion["blocks"][tag] = [block[0], block[3]]
     credits = {name: values for name, values in completion["tokens"].items() if name.startswith("credit/")}
     total = [round(sum(values), 5) for values in zip(*credits.values())]
     completion["tokens"] = {"credit/total": total, **credits, **completion["tokens"]}
 
 
-def read_clip(path, settings):
-    """What the model saw and heard of a file: {"frames": data URIs, "sound": data URI, "seconds"}, or {"error"}.
+def read_clip(path: str, settings: dict) -> dict:
+    """Return what the model saw and heard of a file: {"frames": data URIs, "sound": data URI, "seconds"}, or {"error"}.
 
     `settings`: config.MediaConfig as a dict.
     """
     from hov2.data.media import MediaError, read_media
+
+    options = {name: settings[name] for name in ("fps", "max_frames", "min_pixels", "max_pixels")}
     try:
-        media = read_media(path, **{name: settings[name] for name in ("fps", "max_frames", "min_pixels", "max_pixels")})
+        media = read_media(path, **options)
     except MediaError as error:
         return {"error": str(error)}
     frames = [] if media.frames is None else media.frames
-    sound = {} if media.audio is None else {"sound": _opus(media.audio), "seconds": len(media.audio) / 16000}
-    return {"frames": [_jpeg(frame) for frame in frames], **sound}
+    clip = {"frames": [_jpeg(frame) for frame in frames]}
+    if media.audio is not None:
+        clip["sound"] = _opus(media.audio)
+        clip["seconds"] = len(media.audio) / 16000
+    return clip
 
 
-def _jpeg(pixels):
-    """A frame, uint8 (3, H, W), as a small picture: the encoder shrinks it."""
+def _jpeg(pixels: "torch.Tensor") -> str:
+    """Return a frame, uint8 (3, H, W), as a small picture: the encoder shrinks it."""
     frame = av.VideoFrame.from_ndarray(pixels.permute(1, 2, 0).contiguous().numpy(), format="rgb24")
-    width = max(2, round(frame.width / frame.height * THUMBNAIL))
-    return _data_uri("image/jpeg", "mjpeg", "mjpeg", frame, rate=1, width=width, height=THUMBNAIL, pix_fmt="yuvj444p",
-                     options={"qmin": "4", "qmax": "4"})
+    settings = {
+        "rate": 1,
+        "width": max(2, round(frame.width / frame.height * THUMBNAIL)),
+        "height": THUMBNAIL,
+        "pix_fmt": "yuvj444p",
+        "options": {"qmin": "4", "qmax": "4"},
+    }
+    return _data_uri("image/jpeg", "mjpeg", "mjpeg", frame, settings)
 
 
-def _opus(waveform):
-    """Mono sound at 16 kHz, float32 (N,)."""
+def _opus(waveform: "torch.Tensor") -> str:
+    """Return mono sound at 16 kHz, float32 (N,), as a small file."""
     frame = av.AudioFrame.from_ndarray(waveform[None].numpy(), format="flt", layout="mono")
     frame.sample_rate = 16000
-    return _data_uri("audio/webm", "webm", "libopus", frame, rate=16000, layout="mono", options={"b": "24k"})
+    settings = {"rate": 16000, "layout": "mono", "options": {"b": "24k"}}
+    return _data_uri("audio/webm", "webm", "libopus", frame, settings)
 
 
-def _data_uri(kind, container_format, codec, frame, **settings):
+def _data_uri(
+    kind: str, container_format: str, codec: str, frame: av.VideoFrame | av.AudioFrame, settings: dict
+) -> str:
+    """Return a frame, encoded with the `settings` of a stream, as a data URI of the MIME type `kind`."""
     file = io.BytesIO()
     with av.open(file, "w", format=container_format) as container:
         stream = container.add_stream(codec, **settings)
@@ -160,24 +236,32 @@ def _data_uri(kind, container_format, codec, frame, **settings):
 # ---- Evaluation ----
 
 
-def read_evaluations(folders):
-    """[[title, text]] of what evaluate.py wrote to the runs' folders {run: folder} or to folders in them.
+def read_evaluations(folders: dict[str, Path]) -> list[list[str]]:
+    """Return [title, text] of what evaluate.py wrote to the runs' folders {run: folder} or to folders in them.
 
     The tables of each evaluation, and what changed to it from the last run's of the same name.
     """
-    found, earlier = [], {}
+    found = []
+    last = {}  # {name: the last run's evaluation of that name}
     for run, folder in folders.items():
-        for path in sorted(path for name in RESULTS for path in folder.glob(name)):
-            name, results = path.parent.name, path.with_name("results.json")
-            evaluation = run, _record(results, results.read_bytes()), read_records(path.with_name("predictions.jsonl"))
+        paths = []
+        for pattern in RESULTS:
+            paths.extend(folder.glob(pattern))
+        for path in sorted(paths):
+            name = path.parent.name
+            results_path = path.with_name("results.json")
+            results = _record(results_path, results_path.read_bytes())
+            records = read_records(path.with_name("predictions.jsonl"))
             found.append([f"{run}: {name}", path.read_text(encoding="utf-8")])
-            if before := earlier.get(name):
-                found.append([f"{before[0]} → {run}: {name}", format_comparison(*zip(before, evaluation))])
-            earlier[name] = evaluation
+            if name in last:
+                other_run, other_results, other_records = last[name]
+                comparison = format_comparison((other_run, run), (other_results, results), (other_records, records))
+                found.append([f"{other_run} → {run}: {name}", comparison])
+            last[name] = run, results, records
     return found
 
 
-def main():
+def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m hov2.tools.report", description=__doc__.partition("\n")[0])
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output_dir of a training run or of an evaluation")
@@ -188,4 +272,3 @@ def main():
     except (ReportError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"{args.output}: {Path(args.output).stat().st_size / 1e6:.1f} MB")
-
