@@ -50,6 +50,7 @@ def make_record(step, video, texts=TEXTS, name="clip/1"):
     masks = completion_masks(group, "seen")
     group.credits = {name: credit({name: advantages[0]}, masks) for name, advantages in
                      reward_advantages(rewards, dict.fromkeys(SCORES, 1.0)).items()}
+    group.advantages = sum(group.credits.values())
     group.old_logps = torch.full(mask.shape, -0.5)
     group.logps, group.ref_logps = group.old_logps.clone(), group.old_logps - 0.1
     group.logps[2, 2] = -1.5  # its advantage is negative and its ratio below 1 - epsilon
