@@ -10,17 +10,21 @@ CUDA graph, which launches all of them at once. Both are the same code with othe
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from hov2.distributed import print0
 from hov2.model.attention import stacked_projections
+from hov2.model.encoder import Prompt
 from hov2.model.prefix import causal_attention, pack
-from hov2.model.thinker import decode, embed
+from hov2.model.thinker import Thinker, decode, embed
 from hov2.spans import TURN_ENDS, states_towards, token_bytes_of
 
 LEAVE_EVERY = 8  # tokens between looks at which rows have ended (each look waits for the device)
@@ -36,11 +40,11 @@ class Sampling:
     max_completion_length: int
     stop_ids: list[int]  # a completion ends with the first of these
     pad_id: int
-    suppressed_ids: torch.Tensor  # (n,), never sampled: media placeholders, rows that the tokenizer lacks
+    suppressed_ids: Tensor  # (n,), never sampled: media placeholders, rows that the tokenizer lacks
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
-    answer_states: torch.Tensor | None = None  # (V, states), `spans.states_towards` "</answer>": end there as well
+    answer_states: Tensor | None = None  # (V, states), `spans.states_towards` "</answer>": end there as well
     logps: int = 0  # of how many prompts, the first ones, `Rollout.sampling_logps` is filled
     decoding: Literal["auto", "shrinking", "fixed", "graph"] = "auto"  # auto: a graph on CUDA, else shrinking shapes
 
@@ -49,14 +53,16 @@ class Sampling:
 class Rollout:
     """G completions of one prompt, right-padded to their own longest."""
 
-    completion_ids: torch.Tensor  # (G, C)
-    completion_mask: torch.Tensor  # (G, C) bool: up to and including the token that ended it
-    truncated: torch.Tensor  # (G,) bool: cut off at the limit
-    sampling_logps: torch.Tensor | None  # (G, C) float32: under the full vocabulary, at the sampling temperature
+    completion_ids: Tensor  # (G, C)
+    completion_mask: Tensor  # (G, C) bool: up to and including the token that ended it
+    truncated: Tensor  # (G,) bool: cut off at the limit
+    sampling_logps: Tensor | None  # (G, C) float32: under the full vocabulary, at the sampling temperature
 
 
-def sampling_for(tokenizer, config, stop_at_answer=False, **settings):
-    """A Sampling with the stop, pad and suppressed ids of this tokenizer and thinker config.
+def sampling_for(
+    tokenizer: PreTrainedTokenizerBase, config: Any, stop_at_answer: bool = False, **settings: Any
+) -> Sampling:
+    """Return a Sampling with the stop, pad and suppressed ids of this tokenizer and thinker config.
 
     With `stop_at_answer` a completion ends with the token that completes its first `</answer>`, however the tokens
     share the tag among them.
@@ -70,15 +76,22 @@ def sampling_for(tokenizer, config, stop_at_answer=False, **settings):
     return Sampling(stop_ids=stops, pad_id=stops[1], suppressed_ids=torch.tensor([*media, *beyond]), **settings)
 
 
-def make_generator(device, *key):
-    """A generator seeded by (seed, step, sample): the same key gives the same tokens, in any run and on any rank."""
+def make_generator(device: torch.device | str, *key: int) -> torch.Generator:
+    """Return a generator seeded by (seed, step, sample): the same key gives the same tokens, in any run and on any rank."""
     seed = int(np.random.SeedSequence([int(k) for k in key]).generate_state(1, np.uint64)[0] >> np.uint64(1))
     return torch.Generator(device).manual_seed(seed)
 
 
 @torch.no_grad()
-def generate(thinker, prompts, num_generations, sampling, generators, on_token=None):
-    """Samples `num_generations` completions for each prompt: a list of Rollout, in the order of the prompts.
+def generate(
+    thinker: Thinker,
+    prompts: list[Prompt],
+    num_generations: int,
+    sampling: Sampling,
+    generators: list[torch.Generator | None],
+    on_token: Callable[[Tensor], None] | None = None,
+) -> list[Rollout]:
+    """Sample `num_generations` completions for each prompt: a list of Rollout, in the order of the prompts.
 
     generators: one torch.Generator for each prompt (unused when greedy). The thinker must be in eval mode.
     `on_token(ids)` is called after every step with the new token of each row, (rows,) on the device, `num_generations`
@@ -96,18 +109,19 @@ def generate(thinker, prompts, num_generations, sampling, generators, on_token=N
     tokens = torch.full((rows, limit), sampling.pad_id, device=device)
     is_end = torch.zeros(rows, limit, dtype=torch.bool, device=device)
     logps = torch.zeros(rows, limit, device=device)
-    stops, suppressed = torch.tensor(sampling.stop_ids, device=device), sampling.suppressed_ids.to(device)
+    stops = torch.tensor(sampling.stop_ids, device=device)
+    suppressed = sampling.suppressed_ids.to(device)
+    temperature = sampling.temperature or 1.0  # greedy: the log-probs at 1
     states = None if sampling.answer_states is None else sampling.answer_states.to(device)
     with stacked_projections(thinker, step.fixed):
         for t in range(limit):
             logits = F.linear(hidden, thinker.lm_head.weight).float()  # (R, V)
-            with_logps = cache.rows_of_first(sampling.logps)
-            normaliser = (logits[:with_logps] / (sampling.temperature or 1)).logsumexp(-1)
+            first = slice(cache.rows_of_first(sampling.logps))  # the rows whose log-probs are kept
+            normaliser = (logits[first] / temperature).logsumexp(-1)  # before some tokens are suppressed
             token = _sample(logits, sampling, suppressed, functools.partial(_noise, generators, num_generations, batch))
             tokens[batch, t] = torch.where(ended, sampling.pad_id, token)
-            if with_logps:
-                logit = logits[:with_logps].gather(-1, token[:with_logps, None])[:, 0] / (sampling.temperature or 1)
-                logps[batch[:with_logps], t] = torch.where(ended[:with_logps], 0.0, logit - normaliser)
+            logit = logits[first].gather(-1, token[first, None])[:, 0] / temperature
+            logps[batch[first], t] = torch.where(ended[first], 0.0, logit - normaliser)
             if on_token is not None:
                 on_token(tokens[:, t])
             ends = torch.isin(token, stops)
@@ -126,13 +140,18 @@ def generate(thinker, prompts, num_generations, sampling, generators, on_token=N
                     batch, ended, start, token, state = (x[keep] for x in (batch, ended, start, token, state))
             if t + 1 < limit:
                 hidden = step(token, start + t, t)
-    of_prompts = zip(*(x.split(num_generations) for x in (tokens, is_end, logps)))
-    return [_finish(ids, ends, of_ids if number < sampling.logps else None)
-            for number, (ids, ends, of_ids) in enumerate(of_prompts)]
+    rollouts = []
+    for number in range(len(prompts)):
+        of_prompt = slice(number * num_generations, (number + 1) * num_generations)
+        kept_logps = logps[of_prompt] if number < sampling.logps else None
+        rollouts.append(_finish(tokens[of_prompt], is_end[of_prompt], kept_logps))
+    return rollouts
 
 
-def _prefill(thinker, prompts, num_generations, max_completion_length):
-    """Runs each prompt once; returns the hidden states that predict the first tokens (R, D), and the cache."""
+def _prefill(
+    thinker: Thinker, prompts: list[Prompt], num_generations: int, max_completion_length: int
+) -> tuple[Tensor, "_Cache"]:
+    """Run each prompt once; return the hidden states that predict the first tokens (R, D), and the cache."""
     cache = _Cache([len(prompt.ids) for prompt in prompts], num_generations, max_completion_length)
     last = []
     for number, prompt in enumerate(prompts):  # packed into one row they take as long, and the memory of all at a time
@@ -147,7 +166,7 @@ def _prefill(thinker, prompts, num_generations, max_completion_length):
 # ---- One step of all rows --------------------------------------------------------------------------------------------
 
 
-def _decoding_on(device, decoding):
+def _decoding_on(device: torch.device, decoding: str) -> str:
     """The form of decoding that "auto" stands for on a device."""
     if decoding != "auto":
         return decoding
@@ -162,18 +181,20 @@ class _Step:
     runs as usual (which loads kernels), the second is captured. If that can't be done here, it goes on without.
     """
 
-    def __init__(self, thinker, cache, decoding):
+    def __init__(self, thinker: Thinker, cache: "_Cache", decoding: str) -> None:
         self.thinker, self.cache, self.fixed = thinker, cache, decoding != "shrinking"
         self.use_graph = decoding == "graph" and not _no_graph
         self.worth_leaving = WORTH_LEAVING if self.fixed else 1.0
         self.shape = self.graph = None
 
-    def __call__(self, token, position, t):
+    def __call__(self, token: Tensor, position: Tensor, t: int) -> Tensor:
         if not self.fixed:
             return self._run(token, position, torch.full((1,), t, device=token.device), t + 1)
         length = min(self.cache.length, -(-(t + 1) // OWN_KEYS) * OWN_KEYS)
         if (len(token), length) != self.shape:
-            self.shape, self.graph, self.seen = (len(token), length), None, 0
+            self.shape = len(token), length
+            self.graph = None
+            self.seen = 0
             self.inputs = token.clone(), position.clone(), torch.full((1,), t, device=token.device)
         for mine, new in zip(self.inputs, (token, position)):
             mine.copy_(new)
@@ -186,16 +207,17 @@ class _Step:
         self.graph.replay()
         return self.hidden
 
-    def _run(self, token, position, place, length):
-        """place (1,): where the rows' new keys go, as a tensor; length: how many of the rows' own keys are read."""
+    def _run(self, token: Tensor, position: Tensor, place: Tensor, length: int) -> Tensor:
+        """Run one step. place (1,): where the rows' new keys go, as a tensor; length: how many of the rows' own keys are read."""
         embeds = self.thinker.get_input_embeddings()(token)[:, None]
         attend = self.cache.attend(place, length)
         return decode(self.thinker, embeds, position.expand(3, -1)[..., None], attend)[:, -1]
 
-    def _capture(self, length):
-        """Records one step, without running it, as `graph`, whose replays read `inputs` and write `hidden`."""
+    def _capture(self, length: int) -> None:
+        """Record one step, without running it, as `graph`, whose replays read `inputs` and write `hidden`."""
         try:
-            graph, (memory, stream) = torch.cuda.CUDAGraph(), _place_for_graphs()
+            graph = torch.cuda.CUDAGraph()
+            memory, stream = _place_for_graphs()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 # other threads (pinned copies, the collectives' watchdog) may go on with what they do
@@ -214,12 +236,14 @@ class _Step:
             _last_graph[:] = [graph]
 
 
-_no_graph = []  # why this process couldn't capture a graph, once it couldn't
-_last_graph = []  # the newest, kept until the next one is there: memory that no graph uses can't be shared again
+_no_graph: list[Exception] = []  # why this process couldn't capture a graph, once it couldn't
+_last_graph: list[
+    torch.cuda.CUDAGraph
+] = []  # the newest, kept until the next one is there: memory that no graph uses can't be shared again
 
 
 @functools.cache
-def _place_for_graphs():
+def _place_for_graphs() -> tuple[tuple[int, int], torch.cuda.Stream]:
     """The memory that all graphs of this process share, one after the other, and the stream that they're captured on.
 
     cuBLAS keeps a workspace for each stream that it ever saw.
@@ -227,8 +251,8 @@ def _place_for_graphs():
     return torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
 
-def _rows_to_keep(alive, worth_leaving):
-    """Which rows go on: {prompt: its rows}, as many of each prompt; None if all do.
+def _rows_to_keep(alive: list[list[bool]], worth_leaving: float) -> dict[int, list[int]] | None:
+    """Choose which rows go on: {prompt: its rows}, as many of each prompt; None if all do.
 
     alive: N lists of G bools. Prompts whose rows have all ended leave; of the others, those rows stay that are alive,
     and ended ones beside them where another prompt has more alive. It isn't worth it (None) if more than the share
@@ -240,8 +264,11 @@ def _rows_to_keep(alive, worth_leaving):
         if any(of_prompt):
             alive_first = sorted(range(len(of_prompt)), key=lambda row: not of_prompt[row])
             kept[prompt] = sorted(alive_first[:most])
-    before, after = len(alive) * len(alive[0]), len(kept) * most
-    return kept if after < before and after <= worth_leaving * before else None
+    before = len(alive) * len(alive[0])
+    after = len(kept) * most
+    if after == before or after > worth_leaving * before:
+        return None
+    return kept
 
 
 # ---- Keys, values, attention -----------------------------------------------------------------------------------------
@@ -254,7 +281,7 @@ class _Cache:
     own_values (N, kv heads, G, T, hd).
     """
 
-    def __init__(self, prompt_lengths, num_generations, length):
+    def __init__(self, prompt_lengths: list[int], num_generations: int, length: int) -> None:
         self.prompt_lengths, self.length = prompt_lengths, length
         self.size = len(prompt_lengths), num_generations  # (N, G) of those that haven't left
         self.prompts = list(range(len(prompt_lengths)))  # the numbers of the prompts that haven't left
@@ -262,21 +289,24 @@ class _Cache:
         self.prompt_keys, self.prompt_values, self.own_keys, self.own_values = [], [], [], []
         self.padding = None  # (N, P) float32: minus infinity where a prompt is padded, else 0
 
-    def rows_of_first(self, count):
-        """How many of the rows, the first ones, belong to the first `count` prompts."""
+    def rows_of_first(self, count: int) -> int:
+        """Say how many of the rows, the first ones, belong to the first `count` prompts."""
         return sum(prompt < count for prompt in self.prompts) * self.size[1]
 
-    def attend_prefill(self, number, layer, query, key, value, scale):
+    def attend_prefill(
+        self, number: int, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor:
         """Attention of prompt `number`, keeping its keys and values (1, kv heads, its length, hd)."""
         if layer == len(self.prompt_keys):
             self._allocate(key)
-        self.prompt_keys[layer][number, :, :key.shape[2]] = key[0]
-        self.prompt_values[layer][number, :, :key.shape[2]] = value[0]
+        self.prompt_keys[layer][number, :, : key.shape[2]] = key[0]
+        self.prompt_values[layer][number, :, : key.shape[2]] = value[0]
         return causal_attention(query, key, value, scale)
 
-    def _allocate(self, key):
-        """Buffers of one layer, zero where there is nothing: what is masked must be finite."""
-        (prompts, rows), (_, heads, _, size) = self.size, key.shape
+    def _allocate(self, key: Tensor) -> None:
+        """Make the buffers of one layer, zero where there is nothing: what is masked must be finite."""
+        prompts, rows = self.size
+        _, heads, _, size = key.shape
         for of_prompts in (self.prompt_keys, self.prompt_values):
             of_prompts.append(key.new_zeros(prompts, heads, self.longest, size))
         for of_rows in (self.own_keys, self.own_values):
@@ -287,7 +317,7 @@ class _Cache:
             self.padding = torch.zeros(prompts, self.longest, device=key.device)
             self.padding.masked_fill_(places >= lengths, -torch.inf)
 
-    def attend(self, place, length):
+    def attend(self, place: Tensor, length: int) -> Callable[..., Tensor]:
         """The attention of one decoding step, one query a row: what `model.decode` takes.
 
         place (1,): where the rows' new keys go; length: how many of the rows' own keys are read, those behind `place`
@@ -298,20 +328,38 @@ class _Cache:
         mask = torch.cat([self.padding, future.expand(len(self.padding), -1)], 1)  # (N, P + length)
         return functools.partial(self._attend, place, length, mask[:, None, None])
 
-    def _attend(self, place, length, mask, layer, query, key, value, scale):
+    def _attend(
+        self,
+        place: Tensor,
+        length: int,
+        mask: Tensor,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+    ) -> Tensor:
         """query (R, heads, 1, hd), key and value (R, kv heads, 1, hd) of the new tokens -> (R, heads, 1, hd)."""
         own_keys, own_values = self.own_keys[layer], self.own_values[layer]
         n, kv, g, _, hd = own_keys.shape
         own_keys.index_copy_(3, place, key.view(n, g, kv, 1, hd).transpose(1, 2))
         own_values.index_copy_(3, place, value.view(n, g, kv, 1, hd).transpose(1, 2))
         query = query.view(n, g, kv, -1, hd).transpose(1, 2)  # (N, kv, G, heads / kv, hd)
-        attended = _decode_attention(query, self.prompt_keys[layer], self.prompt_values[layer],
-                                     own_keys[:, :, :, :length], own_values[:, :, :, :length], mask, scale)
+        attended = _decode_attention(
+            query,
+            self.prompt_keys[layer],
+            self.prompt_values[layer],
+            own_keys[:, :, :, :length],
+            own_values[:, :, :, :length],
+            mask,
+            scale,
+        )
         return attended.transpose(1, 2).to(query.dtype, memory_format=torch.contiguous_format).reshape(n * g, -1, 1, hd)
 
-    def select(self, kept):
-        """Keeps the rows `kept`, {number of the prompt in the batch: its rows}; returns their numbers in the batch."""
-        device, (_, width) = self.padding.device, self.size
+    def select(self, kept: dict[int, list[int]]) -> Tensor:
+        """Keep the rows `kept`, {number of the prompt in the batch: its rows}; return their numbers in the batch."""
+        device = self.padding.device
+        width = self.size[1]
         prompts = torch.tensor(list(kept), device=device)  # (N',)
         rows = torch.tensor(list(kept.values()), device=device)  # (N', G')
         for of_prompts in (self.prompt_keys, self.prompt_values):
@@ -325,7 +373,15 @@ class _Cache:
         return (prompts[:, None] * width + rows).flatten()
 
 
-def _decode_attention(query, prompt_keys, prompt_values, own_keys, own_values, mask, scale):
+def _decode_attention(
+    query: Tensor,
+    prompt_keys: Tensor,
+    prompt_values: Tensor,
+    own_keys: Tensor,
+    own_values: Tensor,
+    mask: Tensor,
+    scale: float,
+) -> Tensor:
     """Attention of one query a row over [the keys of its prompt, shared | its own]: (N, kv, G, heads / kv, hd) float32.
 
     query (N, kv, G, heads / kv, hd); prompt_keys, prompt_values (N, kv, P, hd); own_keys, own_values (N, kv, G, T, hd);
@@ -346,8 +402,8 @@ def _decode_attention(query, prompt_keys, prompt_values, own_keys, own_values, m
     return (from_prompt + from_own).view(n, kv, g, shared, hd)
 
 
-def _product(a, b):
-    """Batched a @ b in float32, also of matrices in a lower precision."""
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Return a batched a @ b in float32, also of matrices in a lower precision."""
     if a.dtype == torch.float32:
         return torch.bmm(a, b)
     if a.device.type == "cpu":  # has no such product
@@ -358,8 +414,8 @@ def _product(a, b):
 # ---- Choosing tokens -------------------------------------------------------------------------------------------------
 
 
-def _noise(generators, num_generations, batch, width):
-    """Exponential noise for the rows numbered `batch`, (R, width).
+def _noise(generators: list[torch.Generator], num_generations: int, batch: Tensor, width: int) -> Tensor:
+    """Draw exponential noise for the rows numbered `batch`, (R, width).
 
     Drawn for all rows of a prompt, those that have left too: what a row gets doesn't depend on when others end.
     """
@@ -367,8 +423,8 @@ def _noise(generators, num_generations, batch, width):
     return torch.cat(noise)[batch]
 
 
-def _sample(logits, sampling, suppressed, draw):
-    """Chooses one token a row: ids (R,). `logits` (R, V) are set to minus infinity at the suppressed ids.
+def _sample(logits: Tensor, sampling: Sampling, suppressed: Tensor, draw: Callable[[int], Tensor]) -> Tensor:
+    """Choose one token a row: ids (R,). `logits` (R, V) are set to minus infinity at the suppressed ids.
 
     draw(n): exponential noise (R, n). Gumbel's trick with it: argmax(p / noise) is a draw from p, on the device and
     without waiting for it.
@@ -386,8 +442,8 @@ def _sample(logits, sampling, suppressed, draw):
     return token if ids is None else ids.gather(-1, token[:, None])[:, 0]
 
 
-def _finish(tokens, is_end, logps):
-    """Rows (G, limit) of one prompt -> Rollout, trimmed to its longest completion. `is_end`: the first True counts."""
+def _finish(tokens: Tensor, is_end: Tensor, logps: Tensor | None) -> Rollout:
+    """Make a Rollout of the rows (G, limit) of one prompt, trimmed to its longest completion. `is_end`: the first True counts."""
     ended = is_end.any(1)
     lengths = torch.where(ended, is_end.int().argmax(1) + 1, tokens.shape[1])
     longest = int(lengths.max())
