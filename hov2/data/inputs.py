@@ -5,9 +5,11 @@ from dataclasses import astuple, dataclass, field, replace
 import torch
 
 from hov2.data.formats import DataError
-from hov2.data.media import MediaError, log_mel, patchify, read_media
+from hov2.data.media import MediaError, read_media
 from hov2.data.media_cache import MediaCache
 from hov2.data.samples import SkipSample
+from hov2.data.sound import log_mel
+from hov2.data.video import patchify
 from hov2.prompts import render
 
 END_OF_TURN = "<|im_end|>"

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from hov2.answers import PROBLEM_TYPES, answer_text
 from hov2.config import ConfigError
 from hov2.data.media import MediaError
 from hov2.data.samples import SkipSample, read_samples
@@ -28,7 +29,6 @@ from hov2.evaluation.results import COUNTS, SCORES, differing, over_samples, sum
 from hov2.model.rollout import generate, make_generator, sampling_for
 from hov2.model.thinker import set_training
 from hov2.model.weights import export
-from hov2.rewards import PROBLEM_TYPES, answer_text
 from hov2.scoring import Scorer
 from hov2.spans import completion_texts, completion_tokens
 
