@@ -196,7 +196,8 @@ def decode(
 ) -> Tensor:
     """Return hidden states (B, L, D) of the decoder on embeddings (B, L, D) at positions (3, B, L).
 
-    `attend` is the attention, as `attention.Attention.forward` takes it. The mask comes as a dict so that transformers builds none: `attend` alone decides who attends to whom.
+    `attend` is the attention, as `attention.Attention.forward` takes it. The mask comes as a dict so that transformers
+    builds none: `attend` alone decides who attends to whom.
     """
     output = decoder_of(thinker)(
         inputs_embeds=embeds,
