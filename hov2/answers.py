@@ -130,7 +130,7 @@ def _letters_after_cue(text: str) -> set[str]:
 
 
 def _letters_at_start(text: str) -> set[str]:
-    """Return the letters of a list that `text` starts with ("A or C, I think") or of its labels ("A. sad, C. happy")."""
+    """Return the letters of a list at the start of `text` ("A or C, I think") or of its labels ("A. sad, C. happy")."""
     run = _RUN.match(text)
     label = _LABEL.match(text)
     if run:
@@ -182,7 +182,7 @@ _UNIT = re.compile(rf"\s*(?:(?:[^\W\d_]|[{_MONEY}%°‰.,;!?/()\[\]\"'-])(?:\D|(
 
 
 def parse_number(text: str) -> Number | None:
-    """Return the number that `text` is, with a unit or currency sign at most; None for anything else, nan and inf too."""
+    """Return the number that `text` is, with a unit or currency sign at most; None for all else, nan and inf too."""
     text = _plain_number(text)
     match = _AT_START.match(text)
     if match is None or not _UNIT.fullmatch(text, match.end()):

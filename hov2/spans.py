@@ -10,7 +10,7 @@ import functools
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,12 +21,17 @@ if TYPE_CHECKING:  # a test imports this file without transformers
 TURN_ENDS = ("<|im_end|>", "<|endoftext|>")  # the tokens that end a completion
 
 
-def find_block(text: str | bytes, tag: str) -> tuple[int, int, int, int] | None:
-    """Find the first `<tag>` in `text` and the first `</tag>` after it.
+class Block(NamedTuple):
+    """Where a block is: `text[start:end]` with its tags, `text[inner_start:inner_end]` what they hold."""
 
-    Returns (start, inner_start, inner_end, end), so that `text[start:end]` is the block with its tags and
-    `text[inner_start:inner_end]` what they hold; None if the block is absent or never closed.
-    """
+    start: int
+    inner_start: int
+    inner_end: int
+    end: int
+
+
+def find_block(text: str | bytes, tag: str) -> Block | None:
+    """Find the first `<tag>` in `text` and the first `</tag>` after it; None if the block is absent or never closed."""
     opening, closing = f"<{tag}>", f"</{tag}>"
     if isinstance(text, bytes):
         opening, closing = opening.encode(), closing.encode()
@@ -37,7 +42,7 @@ def find_block(text: str | bytes, tag: str) -> tuple[int, int, int, int] | None:
     inner_end = text.find(closing, inner_start)
     if inner_end < 0:
         return None
-    return start, inner_start, inner_end, inner_end + len(closing)
+    return Block(start, inner_start, inner_end, inner_end + len(closing))
 
 
 def span_masks(token_bytes: list[bytes], credit: str = "seen") -> dict[str, Tensor]:
@@ -118,7 +123,10 @@ def states_towards(tag: bytes, token_bytes: list[bytes]) -> list[list[int]]:
     Morris and Pratt (1977).
     """
     starts = [tag[:length] for length in range(len(tag) + 1)]
-    return [[_state_after(start + token, tag) for start in starts] for token in token_bytes]
+    states = []
+    for token in token_bytes:
+        states.append([_state_after(start + token, tag) for start in starts])
+    return states
 
 
 def _state_after(text: bytes, tag: bytes) -> int:
@@ -131,7 +139,7 @@ def _state_after(text: bytes, tag: bytes) -> int:
     return length
 
 
-def _mask_of(block: tuple[int, int, int, int] | None, ends: list[int], credit: str) -> Tensor:
+def _mask_of(block: Block | None, ends: list[int], credit: str) -> Tensor:
     """Return 1 for the tokens that carry the reward of `block`, else 0, (C,); all 0 without a block."""
     mask = torch.zeros(len(ends))
     if block:
@@ -140,14 +148,13 @@ def _mask_of(block: tuple[int, int, int, int] | None, ends: list[int], credit: s
     return mask
 
 
-def _token_range(block: tuple[int, int, int, int], ends: list[int], credit: str) -> tuple[int, int]:
+def _token_range(block: Block, ends: list[int], credit: str) -> tuple[int, int]:
     """Return (first, stop): the tokens first..stop-1 carry the reward of `block`, byte offsets as from find_block."""
-    _, inner_start, inner_end, end = block
     if credit == "seen":
-        return 0, _tokens_reaching(end, ends)
-    stop = bisect_right(ends, inner_end)  # tokens that end no later than where the closing tag starts
+        return 0, _tokens_reaching(block.end, ends)
+    stop = bisect_right(ends, block.inner_end)  # tokens that end no later than where the closing tag starts
     if credit == "inside":
-        return _tokens_reaching(inner_start, ends), stop
+        return _tokens_reaching(block.inner_start, ends), stop
     return 0, stop
 
 

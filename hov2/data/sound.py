@@ -129,7 +129,7 @@ class SoundReader:
 
 
 def _channel_mean(frame: av.AudioFrame) -> np.ndarray:
-    """Return float32 (n,) in -1..1: the plain mean, as FFmpeg's own downmix is louder (stereo 1.4 times, 5.1 5 times)."""
+    """Return float32 (n,) in -1..1: the plain mean, as FFmpeg's own downmix is louder (1.4 times for stereo)."""
     data = frame.to_ndarray()
     if not frame.format.is_planar:
         data = data.reshape(-1, frame.layout.nb_channels).T

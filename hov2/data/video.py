@@ -113,7 +113,7 @@ class Resizer:
 
 
 def _resize(picture: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bring uint8 (3, H, W) to `size`; on uint8, as it's five times as fast as on float32 and at least 50 dB from it."""
+    """Bring uint8 (3, H, W) to `size`; on uint8, five times as fast as on float32 and at least 50 dB from it."""
     return interpolate(picture[None], size, mode="bicubic", antialias=True)[0].contiguous()
 
 

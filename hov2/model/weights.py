@@ -41,7 +41,10 @@ def source_folder(name: str) -> Path:
 
 
 def fetch(name: str) -> Path:
-    """Return the folder with the weights of `name`; those of a hub id are downloaded first. OSError if they can't be had."""
+    """Return the folder with the weights of `name`; those of a hub id are downloaded first.
+
+    Raises OSError if they can't be had.
+    """
     if not Path(name).is_dir():
         with rank_zero_first():
             try:
@@ -54,7 +57,7 @@ def fetch(name: str) -> Path:
 
 
 def thinker_name(key: str) -> str:
-    """Return a tensor's name in the thinker, from its key in a file; keys of the talker and the vocoder stay as they are.
+    """Return a tensor's name in the thinker, from its key in a file; those of talker and vocoder stay as they are.
 
     These are the names that transformers has given them since 5.21. Published checkpoints (and older versions of
     transformers) say `model.X`, `visual.X` and `audio_tower.X` (full ones with `thinker.` before it) for
