@@ -26,8 +26,8 @@ from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from hov2.answers import block_text, set_f1
 from hov2.distributed import atomic_write, print0
-from hov2.rewards import block_text, set_f1
 
 FAULTS = ("timeout", "refused", "reset", "connection", "broken_off", "http_429", "http_5xx", "http_other",
           "no_completion", "no_score", "breaker")  # breaker: not even asked

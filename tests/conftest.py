@@ -27,6 +27,6 @@ def no_stray_warnings():
 @pytest.fixture
 def native(monkeypatch):
     """Frames at the size they have in the file."""
-    from hov2.data import media  # not above: the tests of CUDA run without PyAV
+    from hov2.data import video  # not above: the tests of CUDA run without PyAV
 
-    monkeypatch.setattr(media, "_resize", lambda picture, size: picture.contiguous())
+    monkeypatch.setattr(video, "_resize", lambda picture, size: picture.contiguous())

@@ -18,7 +18,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hov2.data.media import MAX_AUDIO_SECONDS, MediaError, read_media
+from hov2.data.media import MediaError, read_media
+from hov2.data.sound import MAX_AUDIO_SECONDS
 
 SECONDS = 10
 KINDS = ("flips", "cut", "zeros", "flips in the header", "zeros in the header")

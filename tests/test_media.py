@@ -33,8 +33,10 @@ from mediakit import (
 )
 from transformers import WhisperFeatureExtractor
 
-from hov2.data import media
-from hov2.data.media import MediaError, frame_indices, log_mel, patchify, read_media, smart_resize
+from hov2.data import video as video_module
+from hov2.data.media import MediaError, read_media
+from hov2.data.sound import log_mel
+from hov2.data.video import VideoReader, frame_indices, patchify, smart_resize
 
 pytestmark = pytest.mark.usefixtures("no_stray_warnings")
 
@@ -114,7 +116,7 @@ CLIPS = {
 @pytest.mark.parametrize("name", CLIPS)
 def test_chosen_frames_are_exact(name, tmp_path, native, monkeypatch):
     if name != "bare.h264":
-        monkeypatch.delattr(media._Video, "_decode_through")  # these need no second try
+        monkeypatch.delattr(VideoReader, "_decode_through")  # these need no second try
     path = write_video(tmp_path / name, **CLIPS[name])
     frames = every_frame(path)
     with av.open(str(path)) as container:
@@ -133,20 +135,20 @@ def test_only_what_is_needed_is_decoded(options, packets, frames, tmp_path, monk
     """Groups of pictures without a chosen frame aren't, nor are frames that no other leans on: 3 of 4 in the second."""
     path = write_video(tmp_path / "long.mp4", count=400, options=options)
     fed, came = [], []
-    decode = media._decode
+    decode = video_module._decode
 
     def counted(codec, given, errors):
         for frame in decode(codec, (fed.append(packet.pts) or packet for packet in given), errors):
             came.append(frame.pts)
             yield frame
 
-    monkeypatch.setattr(media, "_decode", counted)
+    monkeypatch.setattr(video_module, "_decode", counted)
     assert len(read_media(path, max_frames=8).frames) == 8
     assert len(fed) <= packets and len(came) <= frames
 
 
 def test_frames_hidden_by_an_edit_list_are_not_counted(tmp_path, native, monkeypatch):
-    monkeypatch.delattr(media._Video, "_decode_through")
+    monkeypatch.delattr(VideoReader, "_decode_through")
     whole = write_video(tmp_path / "whole.mp4", count=40, options={"bf": "0", "g": "40"})
     with av.open(str(whole)) as old, av.open(str(tmp_path / "cut.mp4"), "w") as new:
         stream = new.add_stream_from_template(old.streams.video[0])

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from mediakit import DATA, decibels, every_frame, moving_picture, pixels, tone, write_video, write_wav
 
-from hov2.data import media
-from hov2.data.media import MediaError, frame_indices, read_media
+from hov2.data.media import MediaError, read_media
+from hov2.data.video import VideoReader, frame_indices
 
 pytestmark = pytest.mark.usefixtures("no_stray_warnings")
 
@@ -30,7 +30,7 @@ PICTURES = {case["name"]: base64.b64decode(case["file"])
 @pytest.fixture
 def no_second_try(monkeypatch):
     """Frames have to be found from the packets alone."""
-    monkeypatch.delattr(media._Video, "_decode_through")
+    monkeypatch.delattr(VideoReader, "_decode_through")
 
 
 def assert_frames(path, rate, total, max_frames=16):

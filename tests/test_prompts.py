@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from hov2.answers import PROBLEM_TYPES
 from hov2.prompts import DEFAULTS, PromptsError, fill, load_prompts, render
-from hov2.rewards import PROBLEM_TYPES, format_reward
+from hov2.rewards import format_reward
 
 WORDS = {
     "system": "Be brief.",

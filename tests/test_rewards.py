@@ -6,18 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from hov2.rewards import (
+from hov2.answers import (
     PROBLEM_TYPES,
-    accuracy_reward,
     answer_text,
     block_text,
     check_reference,
     choice_letters,
     find_number,
-    format_reward,
     parse_number,
     rouge_l,
 )
+from hov2.rewards import accuracy_reward, format_reward
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "reward_cases.json").read_text())["cases"]
 

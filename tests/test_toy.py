@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hov2 import toy
+from hov2.answers import block_text
 from hov2.config import EvalConfig, GRPOConfig, JudgeConfig, MediaConfig, SFTConfig, Source
 from hov2.config_io import load_config
 from hov2.data.inputs import InputMaker
@@ -19,7 +20,7 @@ from hov2.data.samples import read_samples
 from hov2.judge import AccuracyJudge, Judge
 from hov2.model.thinker import load_thinker, load_tokenizer
 from hov2.prompts import load_prompts
-from hov2.rewards import accuracy_reward, block_text, format_reward
+from hov2.rewards import accuracy_reward, format_reward
 from hov2.spans import span_masks, token_bytes_of
 from hov2.toy import __main__ as command
 

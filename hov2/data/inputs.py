@@ -9,8 +9,10 @@ from transformers import PreTrainedTokenizerBase
 
 from hov2.config import MediaConfig
 from hov2.data.formats import DataError
-from hov2.data.media import Media, MediaError, log_mel, patchify, read_media
+from hov2.data.media import Media, MediaError, read_media
 from hov2.data.samples import Sample, SkipSample
+from hov2.data.sound import log_mel
+from hov2.data.video import patchify
 from hov2.prompts import Prompts, render
 
 END_OF_TURN = "<|im_end|>"

@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hov2.answers import PROBLEM_TYPES, check_reference
 from hov2.config import Source
 from hov2.data.formats import CONVERTERS, DataError, convert, files_of, read_parquet
 from hov2.data.media import MediaError
 from hov2.distributed import rank, rank_zero_first
 from hov2.prompts import CHOICE_TYPES, SPECIAL_TOKEN
-from hov2.rewards import PROBLEM_TYPES, check_reference
 
 DATA_TYPES = ("image", "video", "audio", "image_audio", "text")
 RECORD_FIELDS = ("problem", "problem_type", "solution", "options", "data_type", "path", "id")

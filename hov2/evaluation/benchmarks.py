@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hov2.answers import check_reference
 from hov2.data.formats import DataError
 from hov2.data.samples import Sample, read_texts, text_field
 from hov2.evaluation.results import mean, table
 from hov2.prompts import CHOICE_TYPES
-from hov2.rewards import check_reference
 
 # By benchmark. "columns" are [breakdown, label, number of questions] by column of the paper's table; "rows" have their
 # accuracies in %, Avg last, printed with "digits"; "breakdowns" are [field of a record, labels that come first beside

@@ -15,6 +15,7 @@ from fractions import Fraction
 import torch
 from tqdm import tqdm
 
+from hov2.answers import PROBLEM_TYPES, answer_text
 from hov2.data.media import MediaError
 from hov2.data.samples import Sample, SkipSample, read_samples
 from hov2.distributed import compute_dtype, gather_objects, print0, rank, store, unsharded, world_size
@@ -25,7 +26,6 @@ from hov2.evaluation.results import COUNTS, SCORES, over_samples, summarize
 from hov2.model.rollout import generate, make_generator, sampling_for
 from hov2.model.thinker import set_training
 from hov2.model.weights import export
-from hov2.rewards import PROBLEM_TYPES, answer_text
 from hov2.scoring import Pending, Scorer
 from hov2.spans import completion_texts, completion_tokens
 

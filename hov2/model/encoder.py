@@ -1,8 +1,10 @@
 """A prompt for the decoder: its media go through the frozen towers once."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from hov2.model.versions import media_model_of
 
@@ -15,13 +17,13 @@ class Prompt:
     are not.
     """
 
-    ids: torch.Tensor  # (P,)
-    position_ids: torch.Tensor  # (3, P): temporal, height, width
-    visual: torch.Tensor | None  # (visual tokens, D)
-    audio: torch.Tensor | None  # (audio tokens, D)
+    ids: Tensor  # (P,)
+    position_ids: Tensor  # (3, P): temporal, height, width
+    visual: Tensor | None  # (visual tokens, D)
+    audio: Tensor | None  # (audio tokens, D)
 
     @property
-    def next_position(self):
+    def next_position(self) -> Tensor:
         """The position of the first token after the prompt, the same on all three axes."""
         return self.position_ids.max() + 1
 
@@ -33,36 +35,45 @@ class Encoder:
     `known[media_key]` tells `data.InputMaker` that a clip need not be decoded again.
     """
 
-    def __init__(self, thinker, device, cache_size=0):
-        self.thinker, self.device, self.cache_size = thinker, device, cache_size
-        self.known, self._features = {}, {}
+    def __init__(self, thinker: nn.Module, device: torch.device, cache_size: int = 0):
+        self.thinker = thinker
+        self.device = device
+        self.cache_size = cache_size
+        self.known = {}
+        self._features = {}
 
     @torch.no_grad()
-    def __call__(self, inputs):
-        """Inputs (CPU tensors) -> Prompt on the device. Tower outputs equal those of transformers' own forward."""
+    def __call__(self, inputs: Any) -> Prompt:
+        """Turn `data.Inputs` (CPU tensors) into a Prompt on the device.
+
+        The towers' outputs equal those of transformers' own forward.
+        """
         if inputs.media_key in self._features:
             visual, audio = self._features[inputs.media_key]
         else:
-            visual, audio = self._visual(inputs), self._audio(inputs)
+            visual = self._visual(inputs)
+            audio = self._audio(inputs)
             if len(self._features) < self.cache_size:
                 self._features[inputs.media_key] = visual, audio
                 self.known[inputs.media_key] = inputs.shape
         return Prompt(self._send(inputs.prompt_ids), self._send(self._positions(inputs)), visual, audio)
 
-    def _send(self, tensor):
-        """`tensor` on the device; a GPU copies it from pinned memory while this process goes on."""
+    def _send(self, tensor: Tensor) -> Tensor:
+        """Return `tensor` on the device; a GPU copies it from pinned memory while this process goes on."""
         pinned = tensor.pin_memory() if self.device.type == "cuda" else tensor
         return pinned.to(self.device, non_blocking=True)
 
-    def _visual(self, inputs):
+    def _visual(self, inputs: Any) -> Tensor | None:
+        """Return the vision tower's outputs for the image or video: (visual tokens, D)."""
         if inputs.pixel_values is None:
             return None
         model = media_model_of(self.thinker)
-        features = model.get_image_features if inputs.shape.visual_kind == "image" else model.get_video_features
-        output = features(self._send(inputs.pixel_values), inputs.shape.grid_thw.to(self.device))
+        run_tower = model.get_image_features if inputs.shape.visual_kind == "image" else model.get_video_features
+        output = run_tower(self._send(inputs.pixel_values), inputs.shape.grid_thw.to(self.device))
         return output.pooler_output[0]
 
-    def _audio(self, inputs):
+    def _audio(self, inputs: Any) -> Tensor | None:
+        """Return the audio tower's outputs for the sound: (audio tokens, D)."""
         if inputs.mel is None:
             return None
         model = media_model_of(self.thinker)
@@ -70,17 +81,18 @@ class Encoder:
         mask = torch.ones(mel.shape[0], mel.shape[2], dtype=torch.long, device=self.device)
         return model.get_audio_features(mel, mask).last_hidden_state
 
-    def _positions(self, inputs):
-        """3-D rotary positions (3, P). On the CPU: transformers walks over the tokens in Python."""
-        shape, ids = inputs.shape, inputs.prompt_ids[None]
-        video = shape.grid_thw if shape.visual_kind == "video" else None
+    def _positions(self, inputs: Any) -> Tensor:
+        """Return 3-D rotary positions (3, P). On the CPU: transformers walks over the tokens in Python."""
+        shape = inputs.shape
+        ids = inputs.prompt_ids[None]
+        is_video = shape.visual_kind == "video"
         positions, _ = media_model_of(self.thinker).get_rope_index(
             ids,
             shape.grid_thw if shape.visual_kind == "image" else None,
-            video,
+            shape.grid_thw if is_video else None,
             torch.ones_like(ids),
             shape.interleaved,
             torch.tensor([shape.mel_frames]) if shape.mel_frames else None,
-            torch.tensor([shape.second_per_grid]) if video is not None else None,
+            torch.tensor([shape.second_per_grid]) if is_video else None,
         )
         return positions[:, 0]

@@ -4,14 +4,17 @@ Qwen2.5-Omni's thinker is a decoder over text, video and audio tokens, with two 
 into such tokens. The modeling code is transformers' own, but for the attention (`attention.py`).
 """
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
-from transformers import AutoConfig, AutoTokenizer
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
 
+from hov2.config import EvalConfig, GRPOConfig, SFTConfig
 from hov2.distributed import compute_dtype, make_mesh, rank_zero_first, shard
 from hov2.model.attention import use_own_parts
 from hov2.model.lora import LoRALinear, add_lora
@@ -26,22 +29,24 @@ class Policy(nn.Module):
     and reshards them after, so whatever touches parameters (embeddings, layers, lm_head) has to happen in between.
     """
 
-    def __init__(self, thinker):
+    def __init__(self, thinker: Thinker):
         super().__init__()
         self.thinker = thinker
 
     @property
-    def layers(self):
+    def layers(self) -> nn.ModuleList:
         """The decoder's layers, each of which is sharded by itself."""
         return decoder_of(self.thinker).layers
 
-    def forward(self, function, *args, **kwargs):
-        """Returns `function(thinker, *args, **kwargs)`; tensors in its result carry gradients as usual."""
+    def forward(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Return `function(thinker, *args, **kwargs)`; tensors in its result carry gradients as usual."""
         return function(self.thinker, *args, **kwargs)
 
 
-def load_thinker(name, dtype):
-    """The thinker in `name`, whole, on the CPU, towers frozen: its own folder, a full Qwen2.5-Omni folder, or a hub id.
+def load_thinker(name: str, dtype: torch.dtype) -> Thinker:
+    """Load the thinker in `name`, whole, on the CPU, towers frozen.
+
+    `name` is its own folder, a full Qwen2.5-Omni folder, or a hub id.
 
     Raises ModelError for a name that is neither a folder nor reachable, and for weights that don't fit.
     """
@@ -50,8 +55,10 @@ def load_thinker(name, dtype):
     return thinker
 
 
-def load_policy(config, device, trained=True, towers=True):
-    """The config's model as a sharded Policy: what is trained in float32, the rest in the compute type.
+def load_policy(
+    config: SFTConfig | GRPOConfig | EvalConfig, device: torch.device, trained: bool = True, towers: bool = True
+) -> Policy:
+    """Load the config's model as a sharded Policy: what is trained in float32, the rest in the compute type.
 
     With `config.lora` only its adapters are trained. `towers` false leaves the towers out: the reference model gets
     encodings made by the policy's. No rank ever holds the whole decoder. Errors are those of `load_thinker`, and
@@ -72,8 +79,8 @@ def load_policy(config, device, trained=True, towers=True):
     return policy
 
 
-def load_reference(config, device, policy):
-    """The model that a stage begins with, frozen, for the KL term; None where there is none (beta 0).
+def load_reference(config: GRPOConfig, device: torch.device, policy: Policy) -> Policy | None:
+    """Load the model that a stage begins with, frozen, for the KL term; None where there is none (beta 0).
 
     With LoRA it is the policy itself, inside `adapters_off`; else a second model, without towers.
     """
@@ -82,8 +89,8 @@ def load_reference(config, device, policy):
     return policy if config.lora else load_policy(config, device, trained=False, towers=False)
 
 
-def design(name, dtype, towers=True):
-    """The thinker that `name` describes on the meta device: names, shapes and types, and no memory; towers frozen.
+def design(name: str, dtype: torch.dtype, towers: bool = True) -> Thinker:
+    """Return the thinker that `name` describes on the meta device: names, shapes and types, no memory; towers frozen.
 
     Raises ModelError for a name that is neither a folder nor reachable, and for another kind of model.
     """
@@ -104,28 +111,33 @@ def design(name, dtype, towers=True):
     return thinker
 
 
-def _materialise(policy, name, device, seed=0):
-    """Gives a policy, sharded or not, memory on `device`, the weights of `name`, and adapters that `seed` decides."""
-    thinker, generator = policy.to_empty(device=device).thinker, torch.Generator().manual_seed(seed)
+def _materialise(policy: Policy, name: str, device: torch.device, seed: int = 0) -> None:
+    """Give a policy, sharded or not, memory on `device`, the weights of `name`, and adapters that `seed` decides."""
+    thinker = policy.to_empty(device=device).thinker
+    generator = torch.Generator().manual_seed(seed)
     thinker.tie_weights()
     for module in thinker.modules():
         if isinstance(module, LoRALinear):
             module.start(generator)
         elif next(module.buffers(recurse=False), None) is not None:
             thinker._init_weights(module)  # computed instead of loaded: rotary frequencies, the audio's positions
+    loaded = {}
+    for key, parameter in thinker.named_parameters():
+        if ".lora_" not in key:
+            loaded[key] = parameter
     try:
-        read_weights({key: p for key, p in thinker.named_parameters() if ".lora_" not in key}, fetch(name))
+        read_weights(loaded, fetch(name))
     except (OSError, SafetensorError) as error:
         raise ModelError(_explain(name)) from error
 
 
-def load_tokenizer(name):
-    """The tokenizer beside the model (a folder or a hub id)."""
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer beside the model (a folder or a hub id)."""
     return _read(AutoTokenizer, name)
 
 
-def _read(kind, name, **options):
-    """`kind.from_pretrained(name)`; one process downloads, the others then find the files."""
+def _read(kind: type, name: str, **options: Any) -> Any:
+    """Return `kind.from_pretrained(name)`; one process downloads, the others then find the files."""
     with rank_zero_first():
         try:
             return kind.from_pretrained(name, **options)
@@ -133,22 +145,28 @@ def _read(kind, name, **options):
             raise ModelError(_explain(name)) from error
 
 
-def _explain(name):
+def _explain(name: str) -> str:
+    """Say why the model `name` could not be read."""
     if Path(name).is_dir():
-        return (f"{name}: the folder has no model or tokenizer that transformers can read "
-                "(config.json, *.safetensors, tokenizer.json)")
+        return (
+            f"{name}: the folder has no model or tokenizer that transformers can read "
+            "(config.json, *.safetensors, tokenizer.json)"
+        )
     return f"{name}: no such folder, and not to be had from the model hub (no network, or no such name)"
 
 
-def tower_parameters(thinker):
-    """The frozen parameters, as a set; they are kept whole on every rank."""
+def tower_parameters(thinker: nn.Module) -> set[nn.Parameter]:
+    """Return the frozen parameters; they are kept whole on every rank."""
     media_model = media_model_of(thinker)
-    towers = (media_model.visual, media_model.audio_tower)
-    return {p for tower in towers if tower is not None for p in tower.parameters()}
+    parameters = set()
+    for tower in (media_model.visual, media_model.audio_tower):
+        if tower is not None:
+            parameters.update(tower.parameters())
+    return parameters
 
 
-def set_training(policy, training, gradient_checkpointing):
-    """Train mode with activation checkpointing, or eval mode without.
+def set_training(policy: Policy, training: bool, gradient_checkpointing: bool) -> None:
+    """Set train mode with activation checkpointing, or eval mode without.
 
     Decoding must be in eval mode: in train mode transformers' checkpointing silently drops key-value caches.
     """
@@ -157,24 +175,35 @@ def set_training(policy, training, gradient_checkpointing):
         checkpoint_activations(policy.thinker, training)
 
 
-def embed(thinker, ids, visual, audio):
-    """Token embeddings of `ids` (L,), the media tokens among them replaced by the towers' outputs: (L, D)."""
+def embed(thinker: nn.Module, ids: Tensor, visual: Tensor | None, audio: Tensor | None) -> Tensor:
+    """Return token embeddings of `ids` (L,), the media tokens among them replaced by the towers' outputs: (L, D)."""
     config = thinker.config
     embeds = thinker.get_input_embeddings()(ids)
     if visual is not None:
         is_visual = (ids == config.video_token_id) | (ids == config.image_token_id)
         embeds = embeds.masked_scatter(is_visual[:, None], visual.to(embeds.dtype))
     if audio is not None:
-        embeds = embeds.masked_scatter((ids == config.audio_token_id)[:, None], audio.to(embeds.dtype))
+        is_audio = ids == config.audio_token_id
+        embeds = embeds.masked_scatter(is_audio[:, None], audio.to(embeds.dtype))
     return embeds
 
 
-def decode(thinker, embeds, position_ids, attend):
-    """Hidden states (B, L, D) of the decoder on embeddings (B, L, D) at positions (3, B, L), with attention `attend`.
+def decode(
+    thinker: nn.Module,
+    embeds: Tensor,
+    position_ids: Tensor,
+    attend: Callable[[int, Tensor, Tensor, Tensor, float], Tensor],
+) -> Tensor:
+    """Return hidden states (B, L, D) of the decoder on embeddings (B, L, D) at positions (3, B, L).
 
-    The mask comes as a dict so that transformers builds none: `attend` alone decides who attends to whom.
+    `attend` is the attention, as `attention.Attention.forward` takes it. The mask comes as a dict so that transformers
+    builds none: `attend` alone decides who attends to whom.
     """
-    return decoder_of(thinker)(
-        inputs_embeds=embeds, position_ids=position_ids, attention_mask={"full_attention": None}, use_cache=False,
+    output = decoder_of(thinker)(
+        inputs_embeds=embeds,
+        position_ids=position_ids,
+        attention_mask={"full_attention": None},
+        use_cache=False,
         attend=attend,
-    ).last_hidden_state
+    )
+    return output.last_hidden_state

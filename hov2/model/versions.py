@@ -4,21 +4,25 @@ Since 5.21 decoder and towers are in `thinker.model`; before that the thinker ha
 the decoder. The names of parameters differ likewise: `weights.thinker_name` gives the newer ones.
 """
 
+from torch import nn
 
-def decoder_of(thinker):
-    """The decoder: embeddings, layers and final norm, without the head."""
+
+def decoder_of(thinker: nn.Module) -> nn.Module:
+    """Return the decoder: embeddings, layers and final norm, without the head."""
     return getattr(thinker.model, "language_model", thinker.model)
 
 
-def media_model_of(thinker):
-    """The module that has the towers (`visual`, `audio_tower`) and the functions that use them."""
+def media_model_of(thinker: nn.Module) -> nn.Module:
+    """Return the module that has the towers (`visual`, `audio_tower`) and the functions that use them."""
     return thinker.model if hasattr(thinker.model, "visual") else thinker
 
 
-def checkpoint_activations(thinker, on):
-    """Whether the decoder's layers compute their activations again in the backward pass instead of keeping them."""
+def checkpoint_activations(thinker: nn.Module, on: bool) -> None:
+    """Set whether the decoder's layers compute their activations again in the backward pass instead of keeping them."""
     kind = "activation" if hasattr(thinker, "activation_checkpointing_enable") else "gradient"
     if on:
-        getattr(thinker, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+        enable = getattr(thinker, f"{kind}_checkpointing_enable")
+        enable({"use_reentrant": False})
     else:
-        getattr(thinker, f"{kind}_checkpointing_disable")()
+        disable = getattr(thinker, f"{kind}_checkpointing_disable")
+        disable()

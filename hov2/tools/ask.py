@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from hov2.answers import answer_text
 from hov2.config import MediaConfig
 from hov2.data.formats import DataError
 from hov2.data.inputs import InputMaker, kind_of
@@ -28,7 +29,6 @@ from hov2.model.encoder import Encoder
 from hov2.model.rollout import generate, sampling_for
 from hov2.model.thinker import load_thinker, load_tokenizer
 from hov2.prompts import Prompts, load_prompts
-from hov2.rewards import answer_text
 from hov2.spans import completion_texts, completion_tokens, token_bytes_of
 
 

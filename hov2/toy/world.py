@@ -21,10 +21,10 @@ import torch
 from tqdm import tqdm
 from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration, Qwen2Tokenizer
 
+from hov2.answers import block_text
 from hov2.config import Source
 from hov2.data.samples import read_samples
 from hov2.prompts import load_prompts, render
-from hov2.rewards import block_text
 
 ROOT = Path("runs/toy")  # the configs in configs/toy name the same places
 WORLD = ROOT / "world"
