@@ -48,7 +48,7 @@ _KINDS = {
 _STATUSES = {408: "timeout", 429: "http_429"}
 _URL = re.compile(r"https?://([\w.-]+|\[[0-9a-f:.]+\])(:\d{1,5})?(/[!$->A-~]*)?", re.ASCII | re.IGNORECASE)
 
-logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # its warnings quote replies
+logging.getLogger("urllib3").setLevel(logging.ERROR)  # its warnings quote replies
 
 
 class JudgeError(ValueError):
