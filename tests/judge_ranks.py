@@ -36,10 +36,10 @@ def group_times_out(rank):
     return False
 
 
-def three_steps(rank, url, on_judge_down):
+def three_steps(rank, url, **settings):
     """What three steps of scores bring this rank; rank 1 asks for twice as many."""
     beats, found = [], {"scores": [], "error": None}
-    config = JudgeConfig(url=url, on_judge_down=on_judge_down, max_retries=1)
+    config = JudgeConfig(url=url, max_retries=1, **settings)
     scorer = scoring.Scorer(Judge(config, load_prompts(), first_delay=0.01), heartbeat=beats.append)
     try:
         for step in range(3):
@@ -63,7 +63,11 @@ def main(url, urls):
     scoring.HEARTBEAT = 0.3
     judge_server.DOWN_AFTER = 4
     rank = distributed.rank()
-    found = {"rank": rank, "wait": three_steps(rank, url, "wait"), "stop": three_steps(rank, urls[rank], "stop")}
+    found = {
+        "rank": rank,
+        "wait": three_steps(rank, url, on_judge_down="wait", max_missing=0.0),
+        "stop": three_steps(rank, urls[rank], on_judge_down="stop"),
+    }
     print(json.dumps(found | {"times out": group_times_out(rank)}), flush=True)
 
 
