@@ -63,8 +63,6 @@ class JudgeConfig(Checked):
     max_retries: int = 4
     concurrency: int = 32
     cache: str | None = None  # folder of parsed scores
-    breaker_failures: int = 50  # of one URL in a row: it is then left alone ...
-    breaker_seconds: float = 30.0  # ... but for one try in so many seconds
     max_missing: float = 0.1  # share of the scores of the last `missing_window` steps that may be missing
     missing_window: int = 10  # steps: the same for all ranks, however many scores each of them asks for
     on_judge_down: Literal["wait", "continue", "stop"] = "wait"  # when more than that are missing

@@ -1,16 +1,19 @@
 """One place that scores completions, rule rewards at once, judged ones by asking; and what to do when no judge answers.
 
-Three outcomes are kept apart: a number; *missing* (the judge was asked and gave none); and not applicable (a sample
-whose solution has no context can't have a context reward).
+`submit` returns a Pending, whose `result()` is a Score once the judge has replied. Three outcomes are kept apart: a
+number; *missing* (the judge was asked and gave none); and not applicable (a sample whose solution has no context can't
+have a context reward).
 """
 
 import time
 from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
-from hov2.distributed import gather_objects, print0, rank, world_size
-from hov2.judge import FAULTS, AccuracyJudge, JudgeError, JudgeReply
+from hov2.distributed import Means, gather_objects, print0, world_size
+from hov2.judge import AccuracyJudge, Judge, JudgeReply
+from hov2.judge_server import FAULTS, JudgeError
 from hov2.rewards import accuracy_reward, format_reward
 
 HEARTBEAT = 5.0  # seconds between two signs of life of ranks that wait
@@ -25,22 +28,27 @@ class Score:
     missing: bool = False
     raw: str | None = None  # the judge's reply, if there was one
     error: str | None = None  # why it is missing
-    judged: bool = False  # it is the judge's to give, or missing
+    judged: bool = False  # a judge had to give it (it counts for max_missing)
 
     @property
-    def number(self):
+    def number(self) -> float:
         """The value as a float, NaN for None."""
         return float("nan") if self.value is None else self.value
 
 
 class Pending:
-    """A score on its way; `ask()` starts the scoring and returns a future of the Score."""
+    """A score on its way."""
 
-    def __init__(self, ask):
-        self.ask, self.future = ask, ask()
+    def __init__(self, start: Callable[[], Future]):
+        self._start = start
+        self.ask()
 
-    def result(self):
-        """The Score; waits for it."""
+    def ask(self):
+        """Start the scoring, once more if it was done before."""
+        self.future = self._start()
+
+    def result(self) -> Score:
+        """Wait for the Score."""
         return self.future.result()
 
 
@@ -50,88 +58,107 @@ class Scorer:
     `heartbeat("judge")` is called every few seconds of a wait that is meant, for whoever watches over ranks that hang.
     """
 
-    def __init__(self, judge=None, format_rule="strict", evaluation=False, heartbeat=lambda phase: None):
+    def __init__(
+        self,
+        judge: Judge | None = None,
+        format_rule: str = "strict",
+        evaluation: bool = False,
+        heartbeat: Callable[[str], object] = lambda phase: None,
+    ):
         self.judge, self.format_rule, self.evaluation, self.heartbeat = judge, format_rule, evaluation, heartbeat
-        # each thread waits for one reply of the judge at a time
-        self._pool = ThreadPoolExecutor(judge.config.concurrency if judge else 1, thread_name_prefix="score")
+        threads = judge.config.concurrency if judge else 1  # each waits for one reply of the judge at a time
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="score")
         self._window = deque(maxlen=judge.config.missing_window if judge else 1)  # of a step: why each is missing
 
-    def submit(self, name, text, sample):
-        """Starts scoring `text`, a completion for `sample`, by the reward `name`; a Pending.
+    def submit(self, name: str, text: str, sample) -> Pending:
+        """Start scoring `text`, a completion for `sample`, by the reward `name`.
 
         context and logic need a judge (GRPOConfig sees to it).
         """
         return Pending(lambda: self._pool.submit(self._score, name, text, sample))
 
-    def wait_for_scores(self, scores, together=True):
-        """Waits for a step's `scores` (Pending) of all ranks, then acts by `on_judge_down` if too many are missing.
+    def wait_for_scores(self, scores: list[Pending], together: bool = True):
+        """Wait for a step's `scores` of all ranks, then act by `on_judge_down` if too many are missing.
 
         The share is that of the last `missing_window` steps and of all ranks. "continue": goes on without them. "wait":
-        all ranks wait until rank 0 finds the judge back, then ask again for what this step misses. "stop", or a judge
-        that is back and still gives no scores: JudgeError, the same on all ranks. Not `together`: a rank by itself.
+        all ranks wait until the judge is back, then ask again for what this step misses. "stop", or a judge that is
+        back and still gives no scores: JudgeError, the same on all ranks. Not `together`: a rank by itself.
         """
         if self.judge is None:
             return
-        config, gather = self.judge.config, gather_objects if together else lambda value: [value]
-        self._window.append(None)
+        gather = gather_objects if together else lambda value: [value]
+        what_to_do = self.judge.config.on_judge_down
+        self._window.append([])
         for rounds_left in range(ROUNDS, -1, -1):
             self._wait([score.future for score in scores], gather)
-            results = [score.result() for score in scores]
-            of_ranks = gather([result.error for result in results if result.judged])  # None: there is a score
-            self._window[-1] = [error for of_rank in of_ranks for error in of_rank]
-            window = [error for of_step in self._window for error in of_step]
-            missing = [error for error in window if error]
-            if (not any(self._window[-1]) or len(missing) <= config.max_missing * len(window)
-                    or config.on_judge_down == "continue"):
+            self._window[-1] = _errors_of([score.result() for score in scores], gather)
+            problem = self._too_many_missing()
+            if problem is None or what_to_do == "continue":
                 return
-            text = (f"{len(missing)} of {len(window)} judged scores of the last {len(self._window)} steps are missing, "
-                    f"more than judge.max_missing {config.max_missing:g}; the last: {missing[-1]}")
-            if config.on_judge_down == "stop" or not rounds_left:
-                raise JudgeError(text)
-            self._wait_for_judge(rank() == 0 or not together, gather, text)
-            for score, result in zip(scores, results):
-                if result.missing:
-                    score.future = score.ask()
+            if what_to_do == "stop" or rounds_left == 0:
+                raise JudgeError(problem)
+            self._wait_for_judge(gather, problem)
+            for score in scores:
+                if score.result().missing:
+                    score.ask()
 
-    def log_stats(self, means):
-        """Adds, since the last call, the share of requests without a score, `judge/failure_rate`, their mean time,
-        `judge/latency` (seconds), and how often each fault occurred, `judge/faults/<kind>`, on all ranks."""
-        if self.judge is not None:
-            replies = self.judge.take_replies()
-            means.add("judge/failure_rate", [float(reply.error is not None) for reply in replies])
-            means.add("judge/latency", [reply.latency for reply in replies])
-            faults = Counter(fault.kind for reply in replies for fault in reply.faults)
-            for kind in FAULTS:
-                means.add(f"judge/faults/{kind}", faults[kind] * world_size())  # their mean is the sum
+    def log_stats(self, means: Means):
+        """Add what came of the requests since the last call, of all ranks.
 
-    def note(self, samples):
-        """What a reader of the log should know about how these samples are scored, or ""."""
+        `judge/failure_rate`: the share without a score; `judge/latency`: their mean time in seconds;
+        `judge/faults/<kind>`: how often each fault occurred.
+        """
+        if self.judge is None:
+            return
+        replies = self.judge.take_replies()
+        means.add("judge/failure_rate", [float(reply.error is not None) for reply in replies])
+        means.add("judge/latency", [reply.latency for reply in replies])
+        faults = Counter()
+        for reply in replies:
+            faults.update(fault.kind for fault in reply.faults)
+        for kind in FAULTS:
+            means.add(f"judge/faults/{kind}", faults[kind] * world_size())  # their mean is the sum
+
+    def note(self, samples: list) -> str:
+        """Return what a reader of the log should know about how these samples are scored, or ""."""
         free = 0 if self.judge else sum(sample.problem_type == "free-form" for sample in samples)
         return f"no judge: {free} free-form answers are scored by their overlap (ROUGE-L)" if free else ""
 
-    def _wait(self, futures, gather):
-        """Waits for the futures of all ranks. Every few seconds these show each other that they are there: the process
+    def _too_many_missing(self) -> str | None:
+        """Return what is wrong if the last step misses scores, and the window more of them than it may."""
+        of_window = [error for of_step in self._window for error in of_step]
+        missing = [error for error in of_window if error]
+        max_missing = self.judge.config.max_missing
+        if not any(self._window[-1]) or len(missing) <= max_missing * len(of_window):
+            return None
+        return (
+            f"{len(missing)} of {len(of_window)} judged scores of the last {len(self._window)} steps are missing, "
+            f"more than judge.max_missing {max_missing:g}; the last: {missing[-1]}"
+        )
+
+    def _wait(self, futures: list[Future], gather: Callable):
+        """Wait for the futures of all ranks. Every few seconds these show each other that they are there: the process
         group's timeout and the watch are for ranks that are lost, not for a wait that is meant."""
         while any(gather(bool(wait(futures, HEARTBEAT).not_done))):
             self.heartbeat("judge")
 
-    def _wait_for_judge(self, asks, gather, why):
-        """Returns once the judge answers the rank that `asks`."""
+    def _wait_for_judge(self, gather: Callable, why: str):
+        """Return once the judge answers all ranks."""
         print0(f"waiting for the judge: {why}")
-        probes = []
-        while not any(gather(any(probe.result().error is None for probe in probes))):
+        answered = False
+        while not answered:
             time.sleep(HEARTBEAT)
             self.heartbeat("judge")
-            probes = [self._pool.submit(self.judge.probe)] if asks else []
-            self._wait(probes, gather)
+            probe = self._pool.submit(self.judge.probe)
+            self._wait([probe], gather)
+            answered = all(gather(probe.result().error is None))
         print0("the judge is back: asking again for what is missing")
-        self.judge.forgive()
 
-    def _score(self, name, text, sample):
+    def _score(self, name: str, text: str, sample) -> Score:
         if name == "format":
             return Score(format_reward(text, self.format_rule))
         if name == "accuracy":
-            judge = self.judge and AccuracyJudge(self.judge)
+            judge = AccuracyJudge(self.judge) if self.judge else None
             value = accuracy_reward(text, sample.solution, sample.problem_type, judge, evaluation=self.evaluation)
             reply = judge.reply if judge else JudgeReply(None)
         else:
@@ -139,3 +166,9 @@ class Scorer:
             value = reply.score
         missing = reply.error is not None
         return Score(value, missing, reply.raw, reply.error, judged=missing or reply.score is not None)
+
+
+def _errors_of(results: list[Score], gather: Callable) -> list[str | None]:
+    """Return for each score that a judge had to give, on all ranks, why it is missing; None if it isn't."""
+    of_ranks = gather([result.error for result in results if result.judged])
+    return [error for of_rank in of_ranks for error in of_rank]

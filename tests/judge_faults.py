@@ -23,8 +23,11 @@ DRIP = 0.05  # seconds between two bytes
 def stats(judge):
     """What the replies since the last call add up to: requests, failures and faults by kind."""
     replies = judge.take_replies()
-    return {"requests": len(replies), "failures": sum(reply.error is not None for reply in replies),
-            "faults": Counter(fault.kind for reply in replies for fault in reply.faults)}
+    return {
+        "requests": len(replies),
+        "failures": sum(reply.error is not None for reply in replies),
+        "faults": Counter(fault.kind for reply in replies for fault in reply.faults),
+    }
 
 
 class Handler(toy.JudgeHandler):
@@ -39,8 +42,9 @@ class Handler(toy.JudgeHandler):
             FAULTY[kind](self)
             self.close_connection = True
             return
-        self.rfile = io.BytesIO(body)
+        connection, self.rfile = self.rfile, io.BytesIO(body)
         super().do_POST()
+        self.rfile = connection
 
     def say(self, status, content, length=None, **headers):
         """A whole reply, or one that claims another length; the key is in the reason and in a header too."""
@@ -49,6 +53,7 @@ class Handler(toy.JudgeHandler):
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
         self.send_header("X-Echo", self.secret[:200])
+        self.send_header("Connection", "close")
         self.send_header("Content-Length", str(length or len(content)))
         self.end_headers()
         self.wfile.write(content)
@@ -108,10 +113,24 @@ FAULTY = {
     "outage": Handler.outage,  # until somebody calls up()
 }
 # what the client counts them as
-KIND = {"429": "http_429", "429 with a date": "http_429", "500": "http_5xx", "503": "http_5xx", "404": "http_other",
-        "reset": "reset", "hang": "timeout", "drip in the headers": "timeout", "drip in the body": "timeout",
-        "half": "broken_off", "html": "no_completion", "deep": "no_completion", "not http": "broken_off",
-        "no score": "no_score", "restart": "reset", "outage": "reset"}
+KIND = {
+    "429": "http_429",
+    "429 with a date": "http_429",
+    "500": "http_5xx",
+    "503": "http_5xx",
+    "404": "http_other",
+    "reset": "reset",
+    "hang": "timeout",
+    "drip in the headers": "timeout",
+    "drip in the body": "timeout",
+    "half": "broken_off",
+    "html": "no_completion",
+    "deep": "no_completion",
+    "not http": "broken_off",
+    "no score": "no_score",
+    "restart": "reset",
+    "outage": "reset",
+}
 
 
 class Server(ThreadingHTTPServer):

@@ -17,9 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from hov2 import distributed, scoring
+from hov2 import distributed, judge_server, scoring
 from hov2.config import JudgeConfig
-from hov2.judge import Judge, JudgeError
+from hov2.judge import Judge
+from hov2.judge_server import JudgeError
 from hov2.prompts import load_prompts
 
 GROUP_TIMEOUT = 4.0  # seconds
@@ -35,15 +36,17 @@ def group_times_out(rank):
     return False
 
 
-def three_steps(rank, url, on_judge_down):
+def three_steps(rank, url, **settings):
     """What three steps of scores bring this rank; rank 1 asks for twice as many."""
     beats, found = [], {"scores": [], "error": None}
-    config = JudgeConfig(url=url, on_judge_down=on_judge_down, max_retries=1, breaker_failures=4)
+    config = JudgeConfig(url=url, max_retries=1, **settings)
     scorer = scoring.Scorer(Judge(config, load_prompts(), first_delay=0.01), heartbeat=beats.append)
     try:
         for step in range(3):
-            texts = [f"<context>A smile.</context><think>The smile: thanks. {rank} {step} {i}</think>"
-                     for i in range(4 + 4 * rank)]
+            texts = [
+                f"<context>A smile.</context><think>The smile: thanks. {rank} {step} {i}</think>"
+                for i in range(4 + 4 * rank)
+            ]
             scores = [scorer.submit("logic", text, None) for text in texts]
             scorer.wait_for_scores(scores)
             found["scores"].append([score.result().value for score in scores])
@@ -58,8 +61,13 @@ def main(url, urls):
     distributed.barrier()  # both have started: from here on the timeout is short
     _set_pg_timeout(timedelta(seconds=GROUP_TIMEOUT))
     scoring.HEARTBEAT = 0.3
+    judge_server.DOWN_AFTER = 4
     rank = distributed.rank()
-    found = {"rank": rank, "wait": three_steps(rank, url, "wait"), "stop": three_steps(rank, urls[rank], "stop")}
+    found = {
+        "rank": rank,
+        "wait": three_steps(rank, url, on_judge_down="wait", max_missing=0.0),
+        "stop": three_steps(rank, urls[rank], on_judge_down="stop"),
+    }
     print(json.dumps(found | {"times out": group_times_out(rank)}), flush=True)
 
 

@@ -241,8 +241,9 @@ def test_a_hanging_server_is_given_up_in_time():
 
 
 def test_retry_after_is_waited_for():
-    with judged((429, {"Retry-After": "1"}, ""), (429, {"Retry-After": "soon"}, ""),
-                (429, {"Retry-After": "٣"}, ""), chat("5")) as (judge, server):
+    with judged(
+        (429, {"Retry-After": "1"}, ""), (429, {"Retry-After": "soon"}, ""), (429, {"Retry-After": "٣"}, ""), chat("5")
+    ) as (judge, server):
         assert ask(judge).score == 1.0
         first, second, third, fourth = (request[0] for request in server.requests)
         assert 1.0 <= second - first < 2.0
@@ -366,6 +367,15 @@ def test_errors_and_logs_hold_no_prompt_text(caplog):
     assert SECRET_TEXT not in caplog.text
 
 
+def test_a_header_that_is_none_is_not_logged(caplog, capfd):
+    caplog.set_level(logging.DEBUG)
+    body = chat("4")[2]
+    reply = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n: {SECRET_TEXT}\r\n{SECRET_TEXT}\r\n\r\n{body}"
+    with judged(lambda handler: handler.wfile.write(reply.encode()), max_retries=0) as (judge, _):
+        ask(judge)
+    assert SECRET_TEXT not in caplog.text + "".join(capfd.readouterr())
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [(None, "JUDGE_KEY isn't set"), ("", "isn't set"), ("a\nb", "no HTTP header"), ("ключ", "no HTTP header")],
@@ -379,8 +389,21 @@ def test_an_unusable_key_is_an_error_at_once(monkeypatch, value, message):
     assert not value or value not in str(error.value)
 
 
-@pytest.mark.parametrize("url", ["localhost:8000/v1", "", "ftp://x/v1", "http://", "http://:80/v1", "http://me:hush@x/v1",
-                                 "http://x/v1?key=hush", "http://x:y/v1", "http://a b/v1", "http://x/ü"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "localhost:8000/v1",
+        "",
+        "ftp://x/v1",
+        "http://",
+        "http://:80/v1",
+        "http://me:hush@x/v1",
+        "http://x/v1?key=hush",
+        "http://x:y/v1",
+        "http://a b/v1",
+        "http://x/ü",
+    ],
+)
 def test_an_unusable_url_is_an_error_at_once(url):
     with pytest.raises(JudgeError, match="judge.url: expected a base like http://localhost:8000/v1") as error:
         Judge(JudgeConfig(url=url), load_prompts())

@@ -1,4 +1,4 @@
-"""The judge on a bad day: every fault of judge_faults.py, the circuit breaker, several URLs, and a run that waits."""
+"""The judge on a bad day: every fault of judge_faults.py, servers that are down, several URLs, and a run that waits."""
 
 import json
 import logging
@@ -17,11 +17,12 @@ from judge_faults import FAULTY, KIND, FaultyJudge, stats
 from judge_ranks import GROUP_TIMEOUT
 
 from hov2 import judge as judge_module
-from hov2 import scoring, toy
+from hov2 import judge_server, scoring, toy
 from hov2.config import JudgeConfig
 from hov2.data.samples import Sample
 from hov2.distributed import Means
-from hov2.judge import FAULTS, Judge, JudgeError
+from hov2.judge import Judge
+from hov2.judge_server import FAULTS, JudgeError
 from hov2.prompts import load_prompts
 from hov2.scoring import Scorer
 
@@ -57,9 +58,16 @@ def logic_scores(scorer, count):
 
 
 def rest_is_over(judge):
-    """As if `breaker_seconds` had passed."""
+    """As if `DOWN_SECONDS` had passed."""
     for server in judge._servers:
-        server._rests_until = 0.0
+        server._left_alone_until = 0.0
+
+
+@pytest.fixture
+def soon_down(monkeypatch):
+    """Four requests that find nobody are enough for a server to be left alone, for an hour."""
+    monkeypatch.setattr(judge_server, "DOWN_AFTER", 4)
+    monkeypatch.setattr(judge_server, "DOWN_SECONDS", 3600.0)
 
 
 # ---------------------------------------------------------------------------------------------- each fault
@@ -92,7 +100,7 @@ def test_a_fault_that_passes_costs_a_try(fault, secrets_kept):
 @pytest.mark.parametrize("fault", [*ONE_FAULT, "404"])
 def test_a_fault_that_stays_is_a_missing_score(fault, secrets_kept):
     slow, tries = KIND[fault] == "timeout", 1 if fault == "404" else 2
-    config = {"timeout": 0.3 if slow else 20.0, "max_retries": 1, "breaker_failures": 2, "api_key_env": "JUDGE_KEY"}
+    config = {"timeout": 0.3 if slow else 20.0, "max_retries": 1, "api_key_env": "JUDGE_KEY"}
     with judged([fault], **config) as (judge, server):
         reply = ask(judge)
         assert reply.score is None and reply.error.startswith(f"127.0.0.1:{server.port}: ")
@@ -106,7 +114,7 @@ def test_a_fault_that_stays_is_a_missing_score(fault, secrets_kept):
 
 def test_every_kind_of_fault_is_counted_under_a_known_name():
     assert set(KIND.values()) <= set(FAULTS) and KIND.keys() == FAULTY.keys()
-    assert set(judge_module._KINDS.values()) <= set(FAULTS)
+    assert {*judge_server._KINDS.values(), *judge_server._NOBODY} <= set(FAULTS)
 
 
 @pytest.mark.parametrize("where", ["headers", "body"])
@@ -125,60 +133,72 @@ def test_a_long_wait_that_the_server_asks_for_has_a_limit(monkeypatch):
         assert waits == [30.0, 30.0]
 
 
-def test_a_restart_in_mid_step_costs_no_score():
-    with judged([*[None] * 10, "restart", None], concurrency=8, max_retries=12,
-                breaker_failures=1000) as (judge, server):
+def test_a_restart_in_mid_step_costs_no_score(monkeypatch):
+    monkeypatch.setattr(judge_server, "DOWN_AFTER", 1000)
+    with judged([*[None] * 10, "restart", None], concurrency=8, max_retries=12) as (judge, server):
         assert logic_scores(Scorer(judge), 40) == [0.8] * 40
         assert server.injected == {"restart": 1} and ask(judge, 99).score == 0.8
 
 
-# ---------------------------------------------------------------------------------------------- breaker and URLs
+# ---------------------------------------------------------------------------------------------- servers that are down, and several
 
 
-def test_the_breaker_opens_and_closes_with_one_line_each(capfd):
-    with judged(["500"], max_retries=0, breaker_failures=4, breaker_seconds=3600) as (judge, server):
+def test_connections_are_kept_and_a_stale_one_costs_no_try():
+    with judged([None], max_retries=0) as (judge, server):
+        for number in range(5):
+            assert ask(judge, number).score == 0.8
+            assert len(server.server.open) == 1  # that of the first request
+        server.restart()
+        assert ask(judge, 5).score == 0.8 and stats(judge)["faults"] == {}
+
+
+def test_a_server_that_is_down_is_left_alone(capfd, soon_down):
+    with judged([None], max_retries=0) as (judge, server):
+        server.down()
         errors = [ask(judge, i).error for i in range(20)]
-        assert [error.partition(": ")[2] for error in errors] == ["HTTP 500"] * 4 + [
-            "left alone after failures, the last: HTTP 500"] * 16
-        assert server.asked == 4 and stats(judge)["faults"] == {"http_5xx": 4, "breaker": 16}
+        assert [error.partition(": ")[2] for error in errors] == ["ConnectionRefusedError"] * 4 + [
+            "left alone, nobody was there"
+        ] * 16
+        found = stats(judge)
+        assert found["faults"] == {"refused": 4} and found["failures"] == 20
         [line] = capfd.readouterr().out.splitlines()
-        assert line == (f"judge {server.url}: 4 failures in a row, the last: HTTP 500; left alone, but for one try in "
-                        "3600 s")
+        assert line == (
+            f"judge {server.url}: nobody there 4 times in a row, the last: ConnectionRefusedError; left alone "
+            "for 3600 s at a time"
+        )
         rest_is_over(judge)
         assert [ask(judge, i).score for i in range(3)] == [None] * 3
-        assert server.asked == 5 and capfd.readouterr().out == ""  # one of them found that nothing has changed
-        server.script = [None]
-        assert ask(judge).score is None
+        assert stats(judge)["faults"] == {"refused": 1}  # the first found that nothing has changed
+        server.up()
+        assert ask(judge).score is None and server.asked == 0
         rest_is_over(judge)
         assert [ask(judge, i).score for i in range(3)] == [0.8] * 3
-        assert capfd.readouterr().out == f"judge {server.url}: answers again\n"
+        assert capfd.readouterr().out == ""
 
 
-def test_one_request_finds_out_while_the_others_go_without(monkeypatch):
-    gate = threading.Event()
-    monkeypatch.setitem(FAULTY, "429", lambda h: (gate.wait(30), h.chat("3")))
-    with judged(["500"], max_retries=0, breaker_failures=2, breaker_seconds=3600, timeout=60) as (judge, server):
-        assert [ask(judge, i).score for i in range(3)] == [None] * 3
-        server.script = ["429"]
-        rest_is_over(judge)
-        scout = Scorer(judge).submit("logic", think(50), None)
-        while server.asked < 3:
-            time.sleep(0.005)
-        assert [ask(judge, i).score for i in range(5)] == [None] * 5 and server.asked == 3
-        gate.set()
-        assert scout.result().value == 0.6 and ask(judge).score == 0.6
+def test_the_small_question_ends_the_rest(soon_down):
+    with judged([None], max_retries=0) as (judge, server):
+        server.down()
+        assert [ask(judge, i).score for i in range(5)] == [None] * 5
+        server.up()
+        assert ask(judge).score is None
+        judge.check()
+        assert ask(judge).score == 0.8
 
 
-def test_a_step_with_a_hanging_server_takes_far_less_than_every_timeout():
-    with judged(["hang"], timeout=0.2, concurrency=8, max_retries=4, breaker_failures=8,
-                breaker_seconds=3600) as (judge, server):
+def test_a_step_with_a_hanging_server_takes_far_less_than_every_timeout(soon_down, monkeypatch):
+    monkeypatch.setattr(judge_server, "DOWN_AFTER", 8)
+    with judged(["hang"], timeout=0.2, concurrency=8, max_retries=4) as (judge, server):
+        started = time.monotonic()
         assert logic_scores(Scorer(judge), 40) == [None] * 40
-        assert server.asked <= 16  # of 200: those that were on their way when the breaker opened
+        assert time.monotonic() - started < 2.0  # every timeout: 40 questions, 5 tries, 8 at a time: 5 s
+        assert server.asked <= 16  # of 200: those that were on their way when it was left alone
 
 
-def test_no_score_is_a_failure_and_a_score_starts_the_count_anew(capfd):
-    with judged(["no score", "500", None, "500", "no score", None], max_retries=0, breaker_failures=3) as (judge, _):
-        assert [ask(judge, i).score for i in range(7)] == [None, None, 0.8, None, None, 0.8, 0.8]
+def test_a_reply_of_any_kind_starts_the_count_anew(capfd, soon_down):
+    script = ["hang", "hang", "hang", "no score", "hang", "hang", "hang", "500", None]
+    with judged(script, max_retries=0, timeout=0.3) as (judge, _):
+        assert [ask(judge, i).score for i in range(10)] == [None] * 8 + [0.8] * 2
     assert capfd.readouterr().out == ""
 
 
@@ -188,25 +208,27 @@ def test_several_urls_are_asked_in_turn():
         assert [server.asked for server in servers] == [3, 3, 3]
 
 
-def test_a_dead_url_costs_no_score_and_is_soon_left_alone(capfd):
-    with judged([None], [None], max_retries=0, breaker_failures=3, breaker_seconds=3600) as (judge, dead, alive):
+def test_a_dead_url_costs_no_score_and_is_soon_left_alone(capfd, soon_down):
+    with judged([None], [None], max_retries=0) as (judge, dead, alive):
         dead.down()
         judge.check()
         assert [ask(judge, i).score for i in range(20)] == [0.8] * 20
         found = stats(judge)
-        assert found["failures"] == 0 and found["faults"]["refused"] <= 3 and found["faults"]["breaker"] >= 7
+        assert found["failures"] == 0 and found["faults"] == {"refused": 3}  # the fourth was check's
         [line] = capfd.readouterr().out.splitlines()
-        assert line.startswith(f"judge {dead.url}: 3 failures in a row, the last: ConnectionRefusedError")
+        assert line.startswith(f"judge {dead.url}: nobody there 4 times in a row, the last: ConnectionRefusedError")
         alive.down()
         assert ask(judge).score is None
-        with pytest.raises(JudgeError, match=f"no judge at {dead.url}, {alive.url}: 127.0.0.1:.*ConnectionRefusedError"):
+        with pytest.raises(
+            JudgeError, match=f"no judge at {dead.url}, {alive.url}: 127.0.0.1:.*ConnectionRefusedError"
+        ):
             judge.check()
         dead.up()
         alive.up()
 
 
 def test_a_refusal_of_one_url_is_left_to_the_others():
-    with judged(["404"], [None], breaker_failures=100) as (judge, wrong, right):
+    with judged(["404"], [None]) as (judge, wrong, right):
         assert [ask(judge, i).score for i in range(4)] == [0.8] * 4
         assert (wrong.asked, right.asked) == (2, 4)
 
@@ -224,8 +246,10 @@ SAMPLE = Sample("s", "why?", "multiple choice", None, "<answer>A</answer>", "tex
 
 def step(scorer, count, first=0):
     """The logic scores of a step that asks for `count`, and for as many by rule."""
-    scores = [[scorer.submit(name, think(first + i), SAMPLE) for name in ("logic", "format", "accuracy")]
-              for i in range(count)]
+    scores = [
+        [scorer.submit(name, think(first + i), SAMPLE) for name in ("logic", "format", "accuracy")]
+        for i in range(count)
+    ]
     scorer.wait_for_scores([score for three in scores for score in three])
     assert all(score.result().value is not None for _, *by_rule in scores for score in by_rule)
     return [three[0].result().value for three in scores]
@@ -246,8 +270,10 @@ def test_scores_may_be_missing_up_to_a_share_of_the_window():
         assert step(scorer, 10).count(None) == 2
         with pytest.raises(JudgeError) as error:
             step(scorer, 1)  # 3 of 11; what the rules scored doesn't count
-        assert str(error.value) == ("3 of 11 judged scores of the last 2 steps are missing, more than "
-                                    f"judge.max_missing 0.2; the last: 127.0.0.1:{server.port}: HTTP 404")
+        assert str(error.value) == (
+            "3 of 11 judged scores of the last 2 steps are missing, more than "
+            f"judge.max_missing 0.2; the last: 127.0.0.1:{server.port}: HTTP 404"
+        )
 
 
 def test_a_step_that_misses_nothing_never_stops_a_run():
@@ -264,21 +290,22 @@ def test_continue_leaves_out_what_is_missing(capfd):
     assert capfd.readouterr().out == ""
 
 
-def test_waiting_ends_with_every_score(capfd):
-    with judged([None] * 3 + ["outage", None], concurrency=1, max_retries=1, breaker_failures=2) as (judge, server):
+def test_waiting_ends_with_every_score(capfd, soon_down):
+    with judged([None] * 3 + ["outage", None], concurrency=1, max_retries=1) as (judge, server):
         beats = []
         scorer = Scorer(judge, heartbeat=lambda phase: (beats.append(phase), len(beats) == 20 and server.up()))
         assert step(scorer, 12) == [0.8] * 12
-        assert set(beats) == {"judge"} and stats(judge)["faults"]["breaker"] >= 1
-    opened, waiting, closed, back = capfd.readouterr().out.splitlines()
-    name = f"judge {server.url}"
-    assert opened.startswith(f"{name}: 2 failures in a row") and closed == f"{name}: answers again"
+        assert set(beats) == {"judge"}
+        faults = stats(judge)["faults"]
+        assert faults["refused"] >= 4 and faults.keys() == {"reset", "refused"}
+    down, waiting, back = capfd.readouterr().out.splitlines()
+    assert down.startswith(f"judge {server.url}: nobody there 4 times in a row")
     assert re.fullmatch(r"waiting for the judge: 9 of 12 judged scores of the last 1 steps are missing, .*", waiting)
     assert back == "the judge is back: asking again for what is missing"
 
 
 def test_a_judge_that_is_back_without_scores_ends_the_wait():
-    with judged(["no score"], max_retries=0, breaker_failures=100) as (judge, server):
+    with judged(["no score"], max_retries=0) as (judge, server):
         with pytest.raises(JudgeError, match="3 of 3 judged scores .* the reply states no score"):
             step(Scorer(judge), 3)
         assert server.asked == 3 + scoring.ROUNDS * 4  # and the small question each time
@@ -291,16 +318,34 @@ def test_counts_of_faults_reach_the_metrics():
         scorer.log_stats(means)
         metrics = means.reduce()
     assert {name: metrics.pop(f"judge/faults/{name}") for name in FAULTS} == dict.fromkeys(FAULTS, 0.0) | {
-        "http_5xx": 1.0, "no_completion": 2.0}
+        "http_5xx": 1.0,
+        "no_completion": 2.0,
+    }
     assert metrics["judge/failure_rate"] == 0
 
 
 def test_two_ranks_wait_together_for_longer_than_their_groups_timeout_and_stop_together():
     with FaultyJudge([None] * 15 + ["outage", None]) as server, FaultyJudge([None] * 8 + ["404"]) as failing:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                   str(ROOT / "tests" / "judge_ranks.py"), server.url, server.url, failing.url]
-        process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
-                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            str(ROOT / "tests" / "judge_ranks.py"),
+            server.url,
+            server.url,
+            failing.url,
+        ]
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         lines = []
         for line in process.stdout:
             lines.append(line.rstrip())
@@ -315,8 +360,10 @@ def test_two_ranks_wait_together_for_longer_than_their_groups_timeout_and_stop_t
     assert found[0]["times out"]  # a rank that shows no sign of life for as long is given up
     assert [len(one["stop"]["scores"]) for one in found] == [1, 1]
     assert found[0]["stop"]["error"] == found[1]["stop"]["error"]
-    assert found[0]["stop"]["error"].startswith("8 of 24 judged scores of the last 2 steps are missing, more than "
-                                                f"judge.max_missing 0.1; the last: 127.0.0.1:{failing.port}: ")
+    assert found[0]["stop"]["error"].startswith(
+        "8 of 24 judged scores of the last 2 steps are missing, more than "
+        f"judge.max_missing 0.1; the last: 127.0.0.1:{failing.port}: "
+    )
 
 
 # ---------------------------------------------------------------------------------------------- the toy
@@ -328,11 +375,21 @@ RATES = {kind: 0.002 if kind in (*SLOW, "restart") else 0.015 for kind in FAULTY
 
 def toy_run(script, config, *overrides, watch=lambda line: None):
     """A script with configs/toy/`config`.json on two processes; its output."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script,
-               f"configs/toy/{config}.json", *overrides]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        script,
+        f"configs/toy/{config}.json",
+        *overrides,
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "JUDGE_KEY": KEY}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     lines = []
     for line in process.stdout:
         lines.append(line.rstrip())
@@ -345,13 +402,27 @@ def toy_run(script, config, *overrides, watch=lambda line: None):
 def stage2(folder, name, server, *overrides, watch=lambda line: None):
     """Stage 2 with the judge `server`, then an evaluation with one that fails nobody: (accuracy, stage 2's output)."""
     data = [{"path": str(folder / "world" / "train_rl.json"), "slice": "first:50%"}]
-    lines = toy_run("train_grpo.py", "stage2", f"model={folder / 'stage1' / 'model'}", f"data={json.dumps(data)}",
-                    f"output_dir={folder / name}", f"judge.url={server.url}", "judge.api_key_env=JUDGE_KEY", *overrides,
-                    watch=watch)
+    lines = toy_run(
+        "train_grpo.py",
+        "stage2",
+        f"model={folder / 'stage1' / 'model'}",
+        f"data={json.dumps(data)}",
+        f"output_dir={folder / name}",
+        f"judge.url={server.url}",
+        "judge.api_key_env=JUDGE_KEY",
+        *overrides,
+        watch=watch,
+    )
     data = [{"path": str(folder / "world" / "eval.json")}]
     with toy.RuleJudge() as judge:
-        toy_run("evaluate.py", "eval", f"model={folder / name / 'model'}", f"data={json.dumps(data)}",
-                f"output_dir={folder / name / 'eval'}", f"judge.url={judge.url}")
+        toy_run(
+            "evaluate.py",
+            "eval",
+            f"model={folder / name / 'model'}",
+            f"data={json.dumps(data)}",
+            f"output_dir={folder / name / 'eval'}",
+            f"judge.url={judge.url}",
+        )
     predictions = toy.read_predictions(folder / name / "eval" / "predictions.jsonl")["eval"]
     return toy.scores_of(predictions)["accuracy"], lines
 
@@ -361,8 +432,13 @@ def toy_stage1(tmp_path_factory):
     """A folder with the toy's world and the model that its stage 1 ends with."""
     folder = tmp_path_factory.mktemp("toy")
     toy.build_world(folder / "world")
-    toy_run("train_sft.py", "stage1", f"model={folder / 'world' / 'model'}", f"output_dir={folder / 'stage1'}",
-            f"data={json.dumps([{'path': str(folder / 'world' / 'train_sft.json')}])}")
+    toy_run(
+        "train_sft.py",
+        "stage1",
+        f"model={folder / 'world' / 'model'}",
+        f"output_dir={folder / 'stage1'}",
+        f"data={json.dumps([{'path': str(folder / 'world' / 'train_sft.json')}])}",
+    )
     return folder
 
 
@@ -372,8 +448,14 @@ def test_the_toy_learns_as_well_from_a_judge_with_every_fault(toy_stage1):
         expected, _ = stage2(toy_stage1, "without", server)
     with FaultyJudge(rates=RATES, outage_at=1500) as server:
         accuracy, lines = stage2(
-            toy_stage1, "with", server, "judge.timeout=3", "judge.max_retries=1", "judge.max_missing=0.15",
-            watch=lambda line: line.startswith("waiting for the judge") and server.stopped.is_set() and server.up())
+            toy_stage1,
+            "with",
+            server,
+            "judge.timeout=3",
+            "judge.max_retries=1",
+            "judge.max_missing=0.15",
+            watch=lambda line: line.startswith("waiting for the judge") and server.stopped.is_set() and server.up(),
+        )
     print(f"accuracy {expected} without faults, {accuracy} with {server.injected}")
     assert accuracy == pytest.approx(expected, abs=0.1)
     assert_faults_are_counted(toy_stage1 / "with", server)
