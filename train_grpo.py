@@ -93,8 +93,15 @@ def main(config):
     optimizer = optim.make_optimizer(policy, config)
     samples = read_samples(config.data, config.seed)
     order = PromptOrder(len(samples), config.prompts_per_step, config.seed)
-    loader = StepLoader(samples, run.make, order, distributed.rank(), distributed.world_size(),
-                        max_bad_samples=config.max_bad_samples, workers=config.loader_workers)
+    loader = StepLoader(
+        samples,
+        run.make,
+        order,
+        distributed.rank(),
+        distributed.world_size(),
+        max_bad_samples=config.max_bad_samples,
+        workers=config.loader_workers,
+    )
     held_out = HeldOut(run)
     steps = order.total_steps(config.num_train_epochs, config.max_steps)
     checkpoints = Checkpoints(config, policy, optimizer, loader, held_out)
@@ -104,22 +111,40 @@ def main(config):
     scorer, timer, means = Scorer(run.judge, config.format, heartbeat=heartbeat), Timer(), distributed.Means()
     guard = Guard(config, first, log.history)
     print0(scorer.note(samples))
-    sampling = sampling_for(run.tokenizer, policy.thinker.config, max_completion_length=config.max_completion_length,
-                            temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
-                            stop_at_answer=config.stop_at_answer, logps=1)
+    sampling = sampling_for(
+        run.tokenizer,
+        policy.thinker.config,
+        max_completion_length=config.max_completion_length,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        stop_at_answer=config.stop_at_answer,
+        logps=1,
+    )
     completions = config.prompts_per_step * config.num_generations
-    report_derived("GRPO", config, len(samples), config.prompts_per_step, steps, {
-        "iterations a step": config.num_iterations, "completions a step": completions,
-        "completion tokens a step": f"at most {completions * config.max_completion_length}",
-        "rewards": ", ".join(f"{name} x {weight:g}" for name, weight in config.reward_weights.items())})
+    report_derived(
+        "GRPO",
+        config,
+        len(samples),
+        config.prompts_per_step,
+        steps,
+        {
+            "iterations a step": config.num_iterations,
+            "completions a step": completions,
+            "completion tokens a step": f"at most {completions * config.max_completion_length}",
+            "rewards": ", ".join(f"{name} x {weight:g}" for name, weight in config.reward_weights.items()),
+        },
+    )
 
     for step in traced(range(first, steps), config, distributed.rank()):
         # --- 1. Prompts: whole prompts of this rank, each clip through the towers once --------------------------------
         with timer("data_wait"):
             loaded = loader.next_step(step)
         with timer("encode"):
-            groups = [Group(slot, index, sample, run.encoder(inputs))
-                      for slot, (index, sample, inputs) in zip(loader.slots, loaded)]
+            groups = [
+                Group(slot, index, sample, run.encoder(inputs))
+                for slot, (index, sample, inputs) in zip(loader.slots, loaded)
+            ]
             means.add("media/audio_cut", [inputs.shape.audio_cut for _, _, inputs in loaded])
 
         # --- 2. Rollout: G completions of each prompt -----------------------------------------------------------------
@@ -129,8 +154,10 @@ def main(config):
             set_training(policy, True, config.gradient_checkpointing)
 
         # --- 3. Judge: every score of the step is on its way before the next forward pass -----------------------------
-        pending = [{name: [scorer.submit(name, text, g.sample) for text in g.texts] for name in config.reward_weights}
-                   for g in groups]
+        pending = [
+            {name: [scorer.submit(name, text, g.sample) for text in g.texts] for name in config.reward_weights}
+            for g in groups
+        ]
 
         # --- 4. Reference: log-probs under the stage's first model, without gradient ----------------------------------
         batches = micro_batches(groups, config)
@@ -142,16 +169,19 @@ def main(config):
             scorer.wait_for_scores([score for of_group in pending for scores in of_group.values() for score in scores])
             for group, of_group in zip(groups, pending):
                 group.scores = {name: [score.result() for score in scores] for name, scores in of_group.items()}
-        rewards = {name: torch.tensor([[score.number for score in group.scores[name]] for group in groups])
-                   for name in config.reward_weights}
+        rewards = {
+            name: torch.tensor([[score.number for score in group.scores[name]] for group in groups])
+            for name in config.reward_weights
+        }
         log_scores(means, groups, rewards)
         if config.gate_threshold is not None:
             rewards = apply_gate(rewards, config.gate_threshold)
         log_rewards(means, full_reward(rewards, config.reward_weights))
 
         # --- 6. Advantages: which reward reaches which token ----------------------------------------------------------
-        advantages = reward_advantages(rewards, config.reward_weights, scale_rewards=config.scale_rewards,
-                                       credit=config.credit)
+        advantages = reward_advantages(
+            rewards, config.reward_weights, scale_rewards=config.scale_rewards, credit=config.credit
+        )
         for i, group in enumerate(groups):
             masks = completion_masks(group, config.credit)
             of_group = {reach: of_groups[i].to(device) for reach, of_groups in advantages.items()}
@@ -164,8 +194,9 @@ def main(config):
             for iteration in range(config.num_iterations):
                 update, updates = step * config.num_iterations + iteration, steps * config.num_iterations
                 beta = kl_coef(update, updates, config.beta)
-                rate = optim.learning_rate(update, updates, config.learning_rate, config.lr_scheduler,
-                                           config.warmup_steps)
+                rate = optim.learning_rate(
+                    update, updates, config.learning_rate, config.lr_scheduler, config.warmup_steps
+                )
                 for batch in batches:
                     policy.set_requires_gradient_sync(batch is batches[-1])  # gradients cross ranks once an update
                     logps, entropies = forward(policy, batch, config)
@@ -205,8 +236,13 @@ def main(config):
             for records in distributed.gather_objects([dump_record(step, group, config) for group in groups]):
                 dump.write(records)
         scorer.log_stats(means)
-        metrics = means.reduce() | {"beta": beta, "learning_rate": rate, "grad_norm": grad_norm,
-                                    "prompts/replaced": len(loader.replaced), "guard/bad_steps": guard.bad_steps}
+        metrics = means.reduce() | {
+            "beta": beta,
+            "learning_rate": rate,
+            "grad_norm": grad_norm,
+            "prompts/replaced": len(loader.replaced),
+            "guard/bad_steps": guard.bad_steps,
+        }
         log.write(step, metrics | held_out.after(step + 1, steps) | timer.pop())
         guard.look_for_collapse()
         stopping = guard.stop_due(step + 1, steps)
@@ -244,16 +280,20 @@ def micro_batches(groups, config):
     """What goes through the model at a time: lists of (group, rows), some or all completions of a few groups."""
     n, g = config.per_device_train_batch_size, config.num_generations
     k = config.completions_per_forward or g
-    return [[(group, slice(row, row + k)) for group in groups[i:i + n]]
-            for i in range(0, len(groups), n) for row in range(0, g, k)]
+    return [
+        [(group, slice(row, row + k)) for group in groups[i : i + n]]
+        for i in range(0, len(groups), n)
+        for row in range(0, g, k)
+    ]
 
 
 def forward(policy, batch, config):
     """Log-probs and entropies of a batch's completions under `policy`: two lists of (rows, C), zero on padding."""
     lengths = [max(len(tokens) for tokens in group.token_bytes[rows]) for group, rows in batch]
     completions = [group.rollout.completion_ids[rows, :length] for (group, rows), length in zip(batch, lengths)]
-    logps, entropies = policy(group_logps, [group.prompt for group, _ in batch], completions, config.temperature,
-                              config.logprob_chunk)
+    logps, entropies = policy(
+        group_logps, [group.prompt for group, _ in batch], completions, config.temperature, config.logprob_chunk
+    )
     widths = [group.mask.shape[1] - length for (group, _), length in zip(batch, lengths)]
     return [[F.pad(x, (0, width)) for x, width in zip(xs, widths)] for xs in (logps, entropies)]
 
@@ -275,8 +315,10 @@ def completion_masks(group, rule):
     """For each reach, which tokens it covers: {"full", "context", "logic"} of (G, C), zero on padding."""
     rows = [span_masks(tokens, rule) for tokens in group.token_bytes]
     width, device = group.mask.shape[1], group.mask.device
-    return {name: torch.stack([F.pad(row[name], (0, width - len(row[name]))) for row in rows]).to(device)
-            for name in rows[0]}
+    return {
+        name: torch.stack([F.pad(row[name], (0, width - len(row[name]))) for row in rows]).to(device)
+        for name in rows[0]
+    }
 
 
 def items_of_step(groups, config):
@@ -320,27 +362,55 @@ def log_rewards(means, full):
 
 def dump_record(step, group, config):
     """One line of rollouts.jsonl: the prompt's sample, and each completion with all that happened to its tokens."""
-    terms = token_terms(group.logps, group.old_logps, group.ref_logps, group.advantages, group.mask,
-                        epsilon=config.epsilon, epsilon_high=config.epsilon_high)
-    per_token = {"logp": group.logps, "old_logp": group.old_logps, "ref_logp": group.ref_logps, "ratio": terms["ratio"],
-                 "kl": terms["kl"], "clipped": terms["clipped_low"] | terms["clipped_high"]}
+    terms = token_terms(
+        group.logps,
+        group.old_logps,
+        group.ref_logps,
+        group.advantages,
+        group.mask,
+        epsilon=config.epsilon,
+        epsilon_high=config.epsilon_high,
+    )
+    per_token = {
+        "logp": group.logps,
+        "old_logp": group.old_logps,
+        "ref_logp": group.ref_logps,
+        "ratio": terms["ratio"],
+        "kl": terms["kl"],
+        "clipped": terms["clipped_low"] | terms["clipped_high"],
+    }
     per_token |= {f"credit/{name}": values for name, values in group.credits.items()}
     completions = []
     for g, tokens in enumerate(group.token_bytes):
         text, ends = text_offsets(tokens)
-        completions.append({
-            "text": text, "token_ends": ends, "token_ids": group.rollout.completion_ids[g, :len(tokens)].tolist(),
-            "rewards": {name: scores[g].value for name, scores in group.scores.items()},
-            "judge_replies": {name: scores[g].raw for name, scores in group.scores.items()
-                              if scores[g].raw is not None},
-            "truncated": bool(group.rollout.truncated[g]),
-            "tokens": {name: rounded(values[g, :len(tokens)]) for name, values in per_token.items()
-                       if values is not None},
-        })
+        completions.append(
+            {
+                "text": text,
+                "token_ends": ends,
+                "token_ids": group.rollout.completion_ids[g, : len(tokens)].tolist(),
+                "rewards": {name: scores[g].value for name, scores in group.scores.items()},
+                "judge_replies": {
+                    name: scores[g].raw for name, scores in group.scores.items() if scores[g].raw is not None
+                },
+                "truncated": bool(group.rollout.truncated[g]),
+                "tokens": {
+                    name: rounded(values[g, : len(tokens)]) for name, values in per_token.items() if values is not None
+                },
+            }
+        )
     sample = group.sample
-    return {"step": step, "sample": sample.id, "index": group.index, "problem": sample.problem,
-            "options": sample.options, "problem_type": sample.problem_type, "solution": sample.solution,
-            "media": sample.paths, "prompt_tokens": len(group.prompt.ids), "completions": completions}
+    return {
+        "step": step,
+        "sample": sample.id,
+        "index": group.index,
+        "problem": sample.problem,
+        "options": sample.options,
+        "problem_type": sample.problem_type,
+        "solution": sample.solution,
+        "media": sample.paths,
+        "prompt_tokens": len(group.prompt.ids),
+        "completions": completions,
+    }
 
 
 def rounded(values):

@@ -7,7 +7,6 @@ The loss is the mean negative log-probability of the assistant's tokens over the
 batches together: one global count, so that the result doesn't depend on how the step is split.
 """
 
-
 import math
 
 import torch
@@ -38,8 +37,15 @@ def main(config):
     optimizer = optim.make_optimizer(policy, config)
     samples = read_samples(config.data, config.seed)
     order = PromptOrder(len(samples), config.samples_per_step, config.seed)
-    loader = StepLoader(samples, run.make, order, distributed.rank(), distributed.world_size(),
-                        max_bad_samples=config.max_bad_samples, workers=config.loader_workers)
+    loader = StepLoader(
+        samples,
+        run.make,
+        order,
+        distributed.rank(),
+        distributed.world_size(),
+        max_bad_samples=config.max_bad_samples,
+        workers=config.loader_workers,
+    )
     held_out = HeldOut(run)
     steps = order.total_steps(config.num_train_epochs, config.max_steps)
     checkpoints = Checkpoints(config, policy, optimizer, loader, held_out)
@@ -53,8 +59,10 @@ def main(config):
         with timer("data_wait"):
             loaded = loader.next_step(step)
         with timer("encode"):
-            batch = [(run.encoder(inputs), encode_solution(sample, run.tokenizer)[None].to(device))
-                     for _, sample, inputs in loaded]
+            batch = [
+                (run.encoder(inputs), encode_solution(sample, run.tokenizer)[None].to(device))
+                for _, sample, inputs in loaded
+            ]
             means.add("media/audio_cut", [inputs.shape.audio_cut for _, _, inputs in loaded])
 
         # --- Update: accumulate over this rank's batches --------------------------------------------------------------
@@ -62,7 +70,7 @@ def main(config):
         with timer("update"):
             num_items = distributed.global_sum(sum(count_labels(run, *item) for item in batch)).item()
             n = config.per_device_train_batch_size
-            micro_batches = [batch[i:i + n] for i in range(0, len(batch), n)]
+            micro_batches = [batch[i : i + n] for i in range(0, len(batch), n)]
             for micro_batch in micro_batches:
                 policy.set_requires_gradient_sync(micro_batch is micro_batches[-1])
                 logps = label_logps(policy, micro_batch, config)
@@ -77,13 +85,18 @@ def main(config):
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             ids = [sample.id for _, sample, _ in loaded]
-            guard.check_update(step, grad_norm, [ids[i:i + n] for i in range(0, len(ids), n)])
+            guard.check_update(step, grad_norm, [ids[i : i + n] for i in range(0, len(ids), n)])
         set_training(policy, False, config.gradient_checkpointing)
 
         # --- Log: metrics, held-out questions, checkpoint -------------------------------------------------------------
         metrics = means.reduce()
-        metrics |= {"learning_rate": rate, "grad_norm": grad_norm, "tokens": num_items,
-                    "prompts/replaced": len(loader.replaced), "guard/bad_steps": guard.bad_steps}
+        metrics |= {
+            "learning_rate": rate,
+            "grad_norm": grad_norm,
+            "tokens": num_items,
+            "prompts/replaced": len(loader.replaced),
+            "guard/bad_steps": guard.bad_steps,
+        }
         log.write(step, metrics | held_out.after(step + 1, steps) | timer.pop())
         stopping = guard.stop_due(step + 1, steps)
         checkpoints.save_if_due(step + 1, steps, stopping)
@@ -113,8 +126,9 @@ def count_labels(run, prompt, completion):
     count = torch.tensor(completion.numel(), device=completion.device)
     if run.config.train_on_prompt:
         config = run.policy.thinker.config
-        media = torch.tensor([config.image_token_id, config.video_token_id, config.audio_token_id],
-                             device=completion.device)
+        media = torch.tensor(
+            [config.image_token_id, config.video_token_id, config.audio_token_id], device=completion.device
+        )
         count = count + (~torch.isin(prompt.ids[1:], media)).sum()
     return count
 

@@ -62,8 +62,13 @@ def step_flops(units, prompt, tokens, generations, iterations):
         }
     head = g * units.head * t
     found["hov2"] = {
-        "towers": units.towers, "prefill": prefill, "decode": decode + head, "reference": group + head, "old": 0,
-        "forward": iterations * (group + head), "backward": iterations * 3 * (group + head),
+        "towers": units.towers,
+        "prefill": prefill,
+        "decode": decode + head,
+        "reference": group + head,
+        "old": 0,
+        "forward": iterations * (group + head),
+        "backward": iterations * 3 * (group + head),
     }
     return found
 
@@ -84,8 +89,12 @@ def units_of(config, video_tokens, audio_tokens):
     towers = video_tokens * (merge * (linear_weights(visual) - merger) + merger)
     towers += 2 * audio_tokens * linear_weights(audio)  # positions are pooled by two at its end
     heads = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    return Units(token=2 * linear_weights(decoder_of(model)), pair=4 * heads * text.num_hidden_layers,
-                 head=2 * model.lm_head.weight.numel(), towers=2 * towers)
+    return Units(
+        token=2 * linear_weights(decoder_of(model)),
+        pair=4 * heads * text.num_hidden_layers,
+        head=2 * model.lm_head.weight.numel(),
+        towers=2 * towers,
+    )
 
 
 def print_phases(found, generations):
@@ -94,8 +103,9 @@ def print_phases(found, generations):
     for phase in [*found["hov2"], "total"]:
         values = [sum(found[way].values()) if phase == "total" else found[way][phase] for way in WAYS]
         ours = values[-1]
-        rows.append([phase, *(value / TERA for value in values), *(value / ours if ours else None
-                                                                   for value in values[:-1])])
+        rows.append(
+            [phase, *(value / TERA for value in values), *(value / ours if ours else None for value in values[:-1])]
+        )
     kit.print_table(["TFLOP", *WAYS, "released / hov2", "batched / hov2"], rows)
     print(f"decoding reads all weights {generations} times a token the released way, once the two others")
 

@@ -57,8 +57,16 @@ class Sizes:
     released_run: int = 1  # completions of the released way that are run; its seconds are scaled to all
 
 
-TINY = Sizes(video_tokens=8, audio_tokens=5, text_tokens=12, decode_prompt=24, decode_tokens=20, few_tokens=6,
-             generations=3, completion_tokens=12)
+TINY = Sizes(
+    video_tokens=8,
+    audio_tokens=5,
+    text_tokens=12,
+    decode_prompt=24,
+    decode_tokens=20,
+    few_tokens=6,
+    generations=3,
+    completion_tokens=12,
+)
 
 
 # ---- A policy with random weights, on the device ---------------------------------------------------------------------
@@ -114,9 +122,20 @@ def own_inputs(policy, sizes):
     """A prompt of a clip, its sound and a question, with the model's own media ids (CPU tensors)."""
     config, (words, _) = policy.thinker.config, vocabulary(policy)
     drawn = random_inputs(words + len(NAMES), sizes.video_tokens, sizes.audio_tokens, sizes.text_tokens)
-    ids = dict(zip(range(words, words + len(NAMES)), (
-        config.image_token_id, config.audio_token_id, config.video_token_id, config.vision_start_token_id,
-        config.vision_end_token_id, config.audio_start_token_id, config.audio_end_token_id)))
+    ids = dict(
+        zip(
+            range(words, words + len(NAMES)),
+            (
+                config.image_token_id,
+                config.audio_token_id,
+                config.video_token_id,
+                config.vision_start_token_id,
+                config.vision_end_token_id,
+                config.audio_start_token_id,
+                config.audio_end_token_id,
+            ),
+        )
+    )
     drawn.prompt_ids = torch.tensor([ids.get(token, token) for token in drawn.prompt_ids.tolist()])
     return drawn
 
@@ -170,12 +189,16 @@ def part_device(asked, device):
     """Versions, the device, and its two ceilings: bytes a second of a copy, FLOP a second of a matrix product."""
     import transformers
 
-    found = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
-             "date": time.strftime("%Y-%m-%d"), "name": "CPU"}
+    found = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "name": "CPU",
+    }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        found |= {"name": properties.name, "memory_gib": properties.total_memory / plan.GIB,
-                  "cuda": torch.version.cuda}
+        found |= {"name": properties.name, "memory_gib": properties.total_memory / plan.GIB, "cuda": torch.version.cuda}
     count, size = (2**20, 256) if asked.tiny else (2**32, 8192)
     source = torch.zeros(count, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -193,8 +216,11 @@ def part_tests(asked, device):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     (Path(asked.out) / "pytest.log").write_text(done.stdout + done.stderr)
     lines = done.stdout.strip().splitlines()
-    return {"passed": done.returncode == 0, "summary": lines[-1] if lines else done.stderr[-500:],
-            "failed": [line for line in lines if line.startswith(("FAILED", "ERROR"))]}
+    return {
+        "passed": done.returncode == 0,
+        "summary": lines[-1] if lines else done.stderr[-500:],
+        "failed": [line for line in lines if line.startswith(("FAILED", "ERROR"))],
+    }
 
 
 def part_decoding(asked, device):
@@ -260,8 +286,16 @@ def transformers_rate(policy, device, sizes, prompts):
     ids = text_prompts(policy, device, sizes, 1)[0].ids.repeat(rows, 1)
 
     def generation(thinker, length):
-        return thinker.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=0.9,
-                                top_k=50, min_new_tokens=length, max_new_tokens=length, pad_token_id=0)
+        return thinker.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=True,
+            temperature=0.9,
+            top_k=50,
+            min_new_tokens=length,
+            max_new_tokens=length,
+            pad_token_id=0,
+        )
 
     def seconds(length):
         watch = Stopwatch(device)
@@ -303,8 +337,9 @@ class Hov2:
     def sample(self, length):
         """(G, length) completions, and the sampler's own log-probs of them."""
         sampling = replace(sampling_of(self.policy, length), logps=1)
-        rollout = self.policy(generate, [self.prompt], self.sizes.generations, sampling,
-                              [make_generator(self.device, 1)])[0]
+        rollout = self.policy(
+            generate, [self.prompt], self.sizes.generations, sampling, [make_generator(self.device, 1)]
+        )[0]
         return rollout.completion_ids, rollout.sampling_logps
 
     def batches(self, completions):
@@ -372,8 +407,14 @@ def step(way, optimizer, completions, watch, length):
         policy.set_requires_gradient_sync(number == len(batches) - 1)
         with watch("forward"):
             logps = way.logps(given)
-            loss, _ = grpo_loss(logps.float(), logps.detach().float(), reference.float(), advantage,
-                                torch.ones_like(given), num_items=completions.numel())
+            loss, _ = grpo_loss(
+                logps.float(),
+                logps.detach().float(),
+                reference.float(),
+                advantage,
+                torch.ones_like(given),
+                num_items=completions.numel(),
+            )
         with watch("backward"):
             loss.backward()
     with watch("optimizer"):
@@ -387,8 +428,15 @@ def step_part(asked, device, kind):
     """One step of a way: seconds and peak memory by phase."""
     sizes = TINY if asked.tiny else Sizes()
     policy = make_policy(device, asked.tiny, own=kind is Hov2)
-    config = GRPOConfig(model="", output_dir="", data=[], lora=LoRAConfig(), prompts_per_step=1,
-                        num_generations=sizes.generations, max_completion_length=sizes.completion_tokens)
+    config = GRPOConfig(
+        model="",
+        output_dir="",
+        data=[],
+        lora=LoRAConfig(),
+        prompts_per_step=1,
+        num_generations=sizes.generations,
+        max_completion_length=sizes.completion_tokens,
+    )
     optimizer, inputs = make_optimizer(policy, config), own_inputs(policy, sizes)
     way = Hov2(policy, inputs, sizes) if kind is Hov2 else OfTransformers(kind, policy, inputs, sizes)
     words, _ = vocabulary(policy)
@@ -400,8 +448,13 @@ def step_part(asked, device, kind):
     watch = Stopwatch(device)
     found = step(way, optimizer, completions, watch, sizes.completion_tokens)
     seconds = {name: value / (1 if name == "optimizer" else way.share) for name, value in watch.seconds.items()}
-    found |= {"seconds": seconds, "total": sum(seconds.values()), "peak_gib": watch.peak, "held_gib": held,
-              "prompt_tokens": len(inputs.prompt_ids)}
+    found |= {
+        "seconds": seconds,
+        "total": sum(seconds.values()),
+        "peak_gib": watch.peak,
+        "held_gib": held,
+        "prompt_tokens": len(inputs.prompt_ids),
+    }
     if kind is Hov2:
         shapes = plan.shapes_of(policy.thinker)
         shapes.lora = True
@@ -444,8 +497,9 @@ def tables(results):
     if ways:
         parts.append(step_table(ways))
     if "hov2" in ways:
-        parts.append(f"hov2: prompt of {ways['hov2']['prompt_tokens']} tokens; "
-                     f"sampling/kl {ways['hov2']['sampling_kl']:.1e}")
+        parts.append(
+            f"hov2: prompt of {ways['hov2']['prompt_tokens']} tokens; sampling/kl {ways['hov2']['sampling_kl']:.1e}"
+        )
         if ways["hov2"]["peak_gib"]:
             parts.append(memory_table(ways["hov2"]))
     parts += [f"{part} failed: {found['error']}" for part, found in results.items() if "error" in found]
@@ -460,15 +514,22 @@ def markdown(header, rows):
 
 def device_line(device):
     """Where and with what."""
-    return (f"{device['name']}, {device['date']}: Python {device['python']}, torch {device['torch']}, transformers "
-            f"{device['transformers']}; a copy moves {device['bytes_per_second'] / 1e12:.2f} TB/s, a bfloat16 product "
-            f"makes {device['flop_per_second'] / 1e12:.0f} TFLOP/s")
+    return (
+        f"{device['name']}, {device['date']}: Python {device['python']}, torch {device['torch']}, transformers "
+        f"{device['transformers']}; a copy moves {device['bytes_per_second'] / 1e12:.2f} TB/s, a bfloat16 product "
+        f"makes {device['flop_per_second'] / 1e12:.0f} TFLOP/s"
+    )
 
 
 def decoding_table(decoding):
     """Tokens a second."""
-    names = {"fixed": "no graph", "apart": "graph, q k v apart", "graph": "graph",
-             "transformers": "transformers", "limit": "bandwidth's limit"}
+    names = {
+        "fixed": "no graph",
+        "apart": "graph, q k v apart",
+        "graph": "graph",
+        "transformers": "transformers",
+        "limit": "bandwidth's limit",
+    }
     rows = []
     for prompts, found in decoding.items():
         share = f"{found['graph'] / found['limit']:.2f}" if found.get("limit") else "-"
@@ -491,8 +552,11 @@ def step_table(ways):
 def memory_table(found):
     """The memory plan beside what was used."""
     planned, peak = found["plan_gib"], found["peak_gib"]
-    used = {"always": found["held_gib"], "rollout": peak["rollout"],
-            "update": max(peak["forward"], peak["backward"], peak["optimizer"])}
+    used = {
+        "always": found["held_gib"],
+        "rollout": peak["rollout"],
+        "update": max(peak["forward"], peak["backward"], peak["optimizer"]),
+    }
     rows = []
     for phase, gib in used.items():
         plan_of_phase = planned["always"] + (planned[phase] if phase != "always" else 0)

@@ -68,16 +68,26 @@ class Transformers:
         ids = self.inputs.prompt_ids.repeat(rows, 1)
         how = {"temperature": sampling.temperature, "top_k": sampling.top_k} if sampling.temperature else {}
         output = self.policy.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=bool(how), **how, **self.media(rows),
-            max_new_tokens=sampling.max_completion_length, suppress_tokens=sampling.suppressed_ids.tolist(),
-            pad_token_id=sampling.pad_id)
-        return output[:, ids.shape[1]:]
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=bool(how),
+            **how,
+            **self.media(rows),
+            max_new_tokens=sampling.max_completion_length,
+            suppress_tokens=sampling.suppressed_ids.tolist(),
+            pad_token_id=sampling.pad_id,
+        )
+        return output[:, ids.shape[1] :]
 
     def rows(self, completions):
         """The keyword arguments of a forward pass over [prompt | completion], one row each."""
         ids = torch.cat([self.inputs.prompt_ids.repeat(len(completions), 1), completions], 1)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False,
-                **self.media(len(completions))}
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "use_cache": False,
+            **self.media(len(completions)),
+        }
 
 
 class Released(Transformers):
@@ -93,7 +103,7 @@ class Released(Transformers):
         logits = model(**inputs).logits[:, :-1]
         targets = inputs["input_ids"][:, 1:]
         rows = [torch.gather(row.log_softmax(-1), 1, ids[:, None])[:, 0] for row, ids in zip(logits, targets)]
-        return torch.stack(rows)[:, len(self.inputs.prompt_ids) - 1:]
+        return torch.stack(rows)[:, len(self.inputs.prompt_ids) - 1 :]
 
 
 class Batched(Transformers):
@@ -196,8 +206,15 @@ def step(job, repetition):
             with clock("forward"):
                 logps = way.logps(way.policy, given)
                 old = logps.detach() if old is None else old
-                loss, _ = grpo_loss(logps, old, reference, advantages[batch], torch.ones_like(logps), beta=BETA,
-                                    num_items=completions.numel())
+                loss, _ = grpo_loss(
+                    logps,
+                    old,
+                    reference,
+                    advantages[batch],
+                    torch.ones_like(logps),
+                    beta=BETA,
+                    num_items=completions.numel(),
+                )
             with clock("backward"):
                 loss.backward()
         found["logps"] |= dict(zip(batch, logps.detach().clone()))
@@ -208,8 +225,9 @@ def step(job, repetition):
     for handle in handles:
         handle.remove()
     scale = job.generations / sum(map(len, batches))
-    return found | {kind: {phase: seconds * scale for phase, seconds in getattr(clock, kind).items()}
-                    for kind in ("cpu", "wall")}
+    return found | {
+        kind: {phase: seconds * scale for phase, seconds in getattr(clock, kind).items()} for kind in ("cpu", "wall")
+    }
 
 
 def watch(clock):
@@ -219,16 +237,20 @@ def watch(clock):
         thinker = getattr(model, "thinker", model)
         media_model = media_model_of(thinker)
         for tower in (media_model.visual, media_model.audio_tower):
-            handles += [tower.register_forward_pre_hook(lambda *_: clock.enter("towers")),
-                        tower.register_forward_hook(clock.leave)]
+            handles += [
+                tower.register_forward_pre_hook(lambda *_: clock.enter("towers")),
+                tower.register_forward_hook(clock.leave),
+            ]
         decoder = decoder_of(thinker)
 
         def begin(_, arguments, keywords):
             whole = clock.phases[-1] == "decode" and keywords["inputs_embeds"].shape[1] > 1
             clock.enter("prefill" if whole else clock.phases[-1])
 
-        handles += [decoder.register_forward_pre_hook(begin, with_kwargs=True),
-                    decoder.register_forward_hook(clock.leave)]
+        handles += [
+            decoder.register_forward_pre_hook(begin, with_kwargs=True),
+            decoder.register_forward_hook(clock.leave),
+        ]
     return handles
 
 
@@ -252,8 +274,9 @@ def units_of(job, towers):
     """The Units of the random thinker."""
     kv = max(1, job.hidden // 128) * 64
     layer = 2 * job.hidden * job.hidden + 2 * job.hidden * kv + 3 * job.hidden * 4 * job.hidden
-    return Units(token=2 * job.layers * layer, pair=4 * job.hidden * job.layers, head=2 * job.hidden * job.vocab,
-                 towers=towers)
+    return Units(
+        token=2 * job.layers * layer, pair=4 * job.hidden * job.layers, head=2 * job.hidden * job.vocab, towers=towers
+    )
 
 
 # ---- The run ---------------------------------------------------------------------------------------------------------
@@ -274,19 +297,28 @@ def run(job):
         totals = [sum(r["cpu"].values()) for r in of_way]
         cpu = kit.median(totals)
         ways[way] = {
-            "phases": {p: kit.median([r["cpu"].get(p) for r in of_way]) for p in PHASES}, "cpu": cpu, "runs": totals,
+            "phases": {p: kit.median([r["cpu"].get(p) for r in of_way]) for p in PHASES},
+            "cpu": cpu,
+            "runs": totals,
             "wall": kit.median([sum(r["wall"].values()) for r in of_way]),
-            "growth": kit.median([r["growth"] for r in of_way]), "gflop": counts[way] / 1e9,
+            "growth": kit.median([r["growth"] for r in of_way]),
+            "gflop": counts[way] / 1e9,
             "gflops": counts[way] / 1e9 / cpu,
         }
-    return {"job": vars(job), "prompt_tokens": prompt, "ways": ways,
-            "difference": {way: differences(runs[way], runs["hov2"]) for way in job.ways if way != "hov2"}}
+    return {
+        "job": vars(job),
+        "prompt_tokens": prompt,
+        "ways": ways,
+        "difference": {way: differences(runs[way], runs["hov2"]) for way in job.ways if way != "hov2"},
+    }
 
 
 def differences(runs, ours):
     """The largest difference to hov2's log-probs, over all completions run; of the gradient's norm, relative."""
-    result = {kind: max(float((row - ours[0][kind][i]).abs().max()) for r in runs for i, row in r[kind].items())
-              for kind in ("logps", "reference")}
+    result = {
+        kind: max(float((row - ours[0][kind][i]).abs().max()) for r in runs for i, row in r[kind].items())
+        for kind in ("logps", "reference")
+    }
     if len(runs[0]["logps"]) == len(ours[0]["logps"]):  # all of them, so the gradient is the same one
         result["norm"] = abs(runs[0]["norm"] / ours[0]["norm"] - 1)
     return result
@@ -301,30 +333,53 @@ def report(result):
         ratios = [values[way] / values["hov2"] if values[way] and values["hov2"] else None for way in others]
         return [name, *values.values(), *ratios]
 
-    rows = [row(phase, lambda f, p=phase: f["phases"][p]) for phase in PHASES
-            if any(f["phases"][phase] for f in ways.values())]
-    rows += [row("CPU seconds", lambda f: f["cpu"]), row("wall seconds", lambda f: f["wall"]),
-             row("growth of memory, MiB", lambda f: f["growth"]), row("GFLOP (ideal ratio)", lambda f: f["gflop"]),
-             row("GFLOP a CPU second", lambda f: f["gflops"])]
-    print(f"\n{kit.machine()}; P={result['prompt_tokens']}, "
-          f"medians of {result['job']['repeats']}")
+    rows = [
+        row(phase, lambda f, p=phase: f["phases"][p])
+        for phase in PHASES
+        if any(f["phases"][phase] for f in ways.values())
+    ]
+    rows += [
+        row("CPU seconds", lambda f: f["cpu"]),
+        row("wall seconds", lambda f: f["wall"]),
+        row("growth of memory, MiB", lambda f: f["growth"]),
+        row("GFLOP (ideal ratio)", lambda f: f["gflop"]),
+        row("GFLOP a CPU second", lambda f: f["gflops"]),
+    ]
+    print(f"\n{kit.machine()}; P={result['prompt_tokens']}, medians of {result['job']['repeats']}")
     kit.print_table(["", *ways, *(f"{way} / hov2" for way in others)], rows)
     for way, found in result["difference"].items():
         norm = f", gradient norm {found['norm']:.1e} (relative)" if "norm" in found else ""
-        print(f"log-probs of {way} less hov2's, at most: policy {found['logps']:.1e}, "
-              f"reference {found['reference']:.1e}{norm}")
+        print(
+            f"log-probs of {way} less hov2's, at most: policy {found['logps']:.1e}, "
+            f"reference {found['reference']:.1e}{norm}"
+        )
 
 
 def arguments(argv=None):
     """The command line."""
     parser = argparse.ArgumentParser(description="One GRPO step three ways.")
-    sizes = {"vocab": 32768, "generations": 8, "video-tokens": 1024, "audio-tokens": 375, "text-tokens": 160,
-             "completion-tokens": 128, "layers": 6, "hidden": 256, "iterations": 1, "repeats": 3, "threads": 1}
+    sizes = {
+        "vocab": 32768,
+        "generations": 8,
+        "video-tokens": 1024,
+        "audio-tokens": 375,
+        "text-tokens": 160,
+        "completion-tokens": 128,
+        "layers": 6,
+        "hidden": 256,
+        "iterations": 1,
+        "repeats": 3,
+        "threads": 1,
+    }
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS), help="with hov2 among them")
-    parser.add_argument("--completions-run", type=int, default=2,
-                        help="of the released way, in each repetition; they stand for all, being alike")
+    parser.add_argument(
+        "--completions-run",
+        type=int,
+        default=2,
+        help="of the released way, in each repetition; they stand for all, being alike",
+    )
     parser.add_argument("--sharded", action="store_true", help="hov2 under FSDP with one process, as in training")
     parser.add_argument("--json", metavar="FILE")
     return parser.parse_args(argv)

@@ -85,8 +85,9 @@ class Workers:
     """
 
     def __init__(self, ways, threads, setup, *args):
-        self.pools = {way: ProcessPoolExecutor(1, get_context("spawn"), _start, (threads, setup, way, *args))
-                      for way in ways}
+        self.pools = {
+            way: ProcessPoolExecutor(1, get_context("spawn"), _start, (threads, setup, way, *args)) for way in ways
+        }
 
     def call(self, way, function, *args):
         """The function's result; its arguments and result are pickled."""
@@ -120,8 +121,9 @@ def print_table(header, rows):
     """A Markdown table; numbers get three significant digits, None a dash."""
     cells = [header, *[[_text(value) for value in row] for row in rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = [[cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))]
-             for row in cells]
+    lines = [
+        [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))] for row in cells
+    ]
     lines.insert(1, ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)])
     print("\n".join("| " + " | ".join(line) + " |" for line in lines), flush=True)
 
@@ -142,7 +144,9 @@ def write_json(path, result):
 
 def machine():
     """One line on what the figures were measured on."""
-    return f"torch {torch.__version__}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the end (1 minute's mean)"
+    return (
+        f"torch {torch.__version__}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the end (1 minute's mean)"
+    )
 
 
 def parse(parser, argv=None):

@@ -27,9 +27,29 @@ from hov2.tools import plan
 
 # operations that only describe memory anew, or take some
 NO_KERNEL = {
-    "view", "_unsafe_view", "t", "transpose", "expand", "slice", "select", "unsqueeze", "squeeze", "split", "permute",
-    "split_with_sizes", "detach", "alias", "as_strided", "empty", "empty_strided", "empty_like", "new_empty", "unbind",
-    "new_empty_strided", "_reshape_alias", "lift_fresh",
+    "view",
+    "_unsafe_view",
+    "t",
+    "transpose",
+    "expand",
+    "slice",
+    "select",
+    "unsqueeze",
+    "squeeze",
+    "split",
+    "permute",
+    "split_with_sizes",
+    "detach",
+    "alias",
+    "as_strided",
+    "empty",
+    "empty_strided",
+    "empty_like",
+    "new_empty",
+    "unbind",
+    "new_empty_strided",
+    "_reshape_alias",
+    "lift_fresh",
 }
 META = torch.device("meta")
 
@@ -95,9 +115,19 @@ def main(argv=None):
             results.append({"rows": f"{prompts} x 8", "lora": lora, **found})
     layers = len(decoder_of(thinker).layers)
     print(f"torch {torch.__version__}, {layers} layers, prompts of 2,048 tokens; kernels a decoded token")
-    kit.print_table(["rows", "LoRA", "a step", "of these a layer", "choosing the token"], [
-        [found["rows"], "yes" if found["lora"] else "no", found["step"].total(),
-         found["step"].total() / layers, found["choosing"].total()] for found in results])
+    kit.print_table(
+        ["rows", "LoRA", "a step", "of these a layer", "choosing the token"],
+        [
+            [
+                found["rows"],
+                "yes" if found["lora"] else "no",
+                found["step"].total(),
+                found["step"].total() / layers,
+                found["choosing"].total(),
+            ]
+            for found in results
+        ],
+    )
     if asked.names:
         for found in results:
             print(found["rows"], "LoRA" if found["lora"] else "", dict(found["step"].most_common()))

@@ -50,7 +50,7 @@ def make_clip(path, seconds, width, height, fps, codec, options, sound_codec):
         audio = container.add_stream(sound_codec, rate=48000, layout="stereo")
         for i in range(round(seconds * fps)):
             top, left = (int(128 + 127 * np.sin(i / fps * speed)) for speed in (0.7, 1.1))
-            image = picture[top:top + height, left:left + width] + np.roll(grain, 37 * i, (0, 1))
+            image = picture[top : top + height, left : left + width] + np.roll(grain, 37 * i, (0, 1))
             frame = av.VideoFrame.from_ndarray(image.clip(0, 255).astype(np.uint8), format="rgb24")
             container.mux(video.encode(frame))
         container.mux(video.encode())
@@ -116,8 +116,14 @@ def peer(decoder):
     from qwen_omni_utils import process_mm_info
 
     def read_peer(path):
-        video = {"type": "video", "video": path, "fps": FPS, "max_frames": MAX_FRAMES, "min_pixels": MIN_PIXELS,
-                 "max_pixels": MAX_PIXELS}
+        video = {
+            "type": "video",
+            "video": path,
+            "fps": FPS,
+            "max_frames": MAX_FRAMES,
+            "min_pixels": MIN_PIXELS,
+            "max_pixels": MAX_PIXELS,
+        }
         audios, _, videos = process_mm_info([{"role": "user", "content": [video]}], use_audio_in_video=True)
         return videos[0], torch.from_numpy(audios[0])
 
@@ -129,8 +135,13 @@ def measure(path):
     memory.reset_peak()
     before, start = _cpu(), time.perf_counter()
     frames, audio = read(path)
-    return {"cpu": _cpu() - before, "wall": time.perf_counter() - start, "growth": memory.growth(),
-            "frames": frames if frames is None else list(frames.shape), "samples": None if audio is None else len(audio)}
+    return {
+        "cpu": _cpu() - before,
+        "wall": time.perf_counter() - start,
+        "growth": memory.growth(),
+        "frames": frames if frames is None else list(frames.shape),
+        "samples": None if audio is None else len(audio),
+    }
 
 
 def _cpu():
@@ -159,9 +170,10 @@ def run(job, folder):
         runs = {way: [] for way in ways}
         for _, way in kit.interleaved(ways, job.repeats):
             runs[way].append(workers.call(way, measure, path))
-        result["clips"][clip] = {way: of_way[0] | {key: kit.median([r[key] for r in of_way])
-                                                   for key in ("cpu", "wall", "growth")}
-                                 for way, of_way in runs.items()}
+        result["clips"][clip] = {
+            way: of_way[0] | {key: kit.median([r[key] for r in of_way]) for key in ("cpu", "wall", "growth")}
+            for way, of_way in runs.items()
+        }
     workers.close()
     return result
 
@@ -186,14 +198,28 @@ def report(result):
         best = min((found[way]["cpu"] for way in peers), default=None)
         least = min((found[way]["growth"] or 0 for way in peers), default=None)
         gains.append(best / ours["cpu"] if best else None)
-        rows.append([clip, *(found[way]["cpu"] for way in ways), gains[-1], ours["cpu"] / found["ffmpeg"]["cpu"],
-                     ours["growth"], least])
+        rows.append(
+            [
+                clip,
+                *(found[way]["cpu"] for way in ways),
+                gains[-1],
+                ours["cpu"] / found["ffmpeg"]["cpu"],
+                ours["growth"],
+                least,
+            ]
+        )
     kit.print_table(["CPU s", *ways, "best peer / hov2", "hov2 / ffmpeg", "hov2 MiB", "least of peers, MiB"], rows)
     if peers:
         print(f"median gain over the faster peer: {statistics.median(gains):.2f}")
     for clip, found in result["clips"].items():
-        print(f"{clip}: " + "; ".join(f"{way} frames {found[way]['frames']}, {found[way]['samples']} samples"
-                                      for way in ways if way != "ffmpeg"))
+        print(
+            f"{clip}: "
+            + "; ".join(
+                f"{way} frames {found[way]['frames']}, {found[way]['samples']} samples"
+                for way in ways
+                if way != "ffmpeg"
+            )
+        )
 
 
 def arguments(argv=None):

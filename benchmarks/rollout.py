@@ -25,9 +25,18 @@ def make_prompts(thinker, job):
     encoder = Encoder(thinker, torch.device("cpu"))
     sizes = [(9, 12, 12, 14)[i % 4] / 12 for i in range(job.prompts)]
     texts = [job.text_tokens + 30 * (i % 4) for i in range(job.prompts)]
-    return [encoder(random_inputs(job.vocab, int(job.video_tokens * size) // 64 * 64 or job.video_tokens,
-                                      int(job.audio_tokens * size), text, seed=i))
-            for i, (size, text) in enumerate(zip(sizes, texts))]
+    return [
+        encoder(
+            random_inputs(
+                job.vocab,
+                int(job.video_tokens * size) // 64 * 64 or job.video_tokens,
+                int(job.audio_tokens * size),
+                text,
+                seed=i,
+            )
+        )
+        for i, (size, text) in enumerate(zip(sizes, texts))
+    ]
 
 
 def rollouts(thinker, prompts, way, sampling, job):
@@ -36,8 +45,10 @@ def rollouts(thinker, prompts, way, sampling, job):
     if way == "together":
         found = generate(thinker, prompts, job.generations, sampling, generators)
     else:
-        found = [generate(thinker, [prompt], job.generations, sampling, [generator])[0]
-                 for prompt, generator in zip(prompts, generators)]
+        found = [
+            generate(thinker, [prompt], job.generations, sampling, [generator])[0]
+            for prompt, generator in zip(prompts, generators)
+        ]
     return [rollout.completion_ids for rollout in found]
 
 
@@ -75,10 +86,20 @@ def run(job):
     for way in WAYS:
         prefill, decode = (kit.median([r[phase] for r in runs[way]]) for phase in ("prefill", "decode"))
         total = kit.median([sum(r.values()) for r in runs[way]])
-        ways[way] = {"prefill": prefill, "decode": decode, "cpu": total, "runs": [sum(r.values()) for r in runs[way]],
-                     "decode_rate": tokens / decode, "rate": tokens / total}
-    return {"job": vars(job), "prompt_tokens": [len(p.ids) for p in prompts], "ways": ways,
-            "equal": {"sampled": equal_share(sampled), "greedy": equal_share(greedy)}}
+        ways[way] = {
+            "prefill": prefill,
+            "decode": decode,
+            "cpu": total,
+            "runs": [sum(r.values()) for r in runs[way]],
+            "decode_rate": tokens / decode,
+            "rate": tokens / total,
+        }
+    return {
+        "job": vars(job),
+        "prompt_tokens": [len(p.ids) for p in prompts],
+        "ways": ways,
+        "equal": {"sampled": equal_share(sampled), "greedy": equal_share(greedy)},
+    }
 
 
 def equal_share(tokens):
@@ -91,23 +112,46 @@ def report(result):
     """Prints the table of one vocabulary."""
     one, together = (result["ways"][way] for way in WAYS)
     job = result["job"]
-    print(f"\n{kit.machine()}; V={job['vocab']}, prompts of {result['prompt_tokens']} tokens x {job['generations']} "
-          f"completions of {job['completion_tokens']}, medians of {job['repeats']}")
-    rows = [("prefill, CPU s", "prefill"), ("decode, CPU s", "decode"), ("both, CPU s", "cpu"),
-            ("tokens a CPU s, decode", "decode_rate"), ("tokens a CPU s", "rate")]
-    kit.print_table(["", *WAYS, "gain"], [
-        [name, one[key], together[key],
-         together[key] / one[key] if "rate" in key else one[key] / together[key]] for name, key in rows])
-    print("completions with the same tokens in both: " +
-          ", ".join(f"{name} {share:.0%}" for name, share in result["equal"].items()))
+    print(
+        f"\n{kit.machine()}; V={job['vocab']}, prompts of {result['prompt_tokens']} tokens x {job['generations']} "
+        f"completions of {job['completion_tokens']}, medians of {job['repeats']}"
+    )
+    rows = [
+        ("prefill, CPU s", "prefill"),
+        ("decode, CPU s", "decode"),
+        ("both, CPU s", "cpu"),
+        ("tokens a CPU s, decode", "decode_rate"),
+        ("tokens a CPU s", "rate"),
+    ]
+    kit.print_table(
+        ["", *WAYS, "gain"],
+        [
+            [name, one[key], together[key], together[key] / one[key] if "rate" in key else one[key] / together[key]]
+            for name, key in rows
+        ],
+    )
+    print(
+        "completions with the same tokens in both: "
+        + ", ".join(f"{name} {share:.0%}" for name, share in result["equal"].items())
+    )
 
 
 def arguments(argv=None):
     """The command line."""
     parser = argparse.ArgumentParser(description="Prompts decoded together against one after the other.")
     parser.add_argument("--vocab", type=int, nargs="+", default=[2048, 32768])
-    sizes = {"prompts": 4, "generations": 8, "video-tokens": 1024, "audio-tokens": 375, "text-tokens": 160,
-             "completion-tokens": 128, "layers": 6, "hidden": 256, "repeats": 3, "threads": 1}
+    sizes = {
+        "prompts": 4,
+        "generations": 8,
+        "video-tokens": 1024,
+        "audio-tokens": 375,
+        "text-tokens": 160,
+        "completion-tokens": 128,
+        "layers": 6,
+        "hidden": 256,
+        "repeats": 3,
+        "threads": 1,
+    }
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--json", metavar="FILE")

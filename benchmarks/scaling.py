@@ -45,8 +45,13 @@ AXES = {  # field of Size: its values, and the size whose cost is not the axis's
     "vocab": ((4096, 8192, 16384, 32768), {"vocab": 64}),
     "prompts": ((1, 2, 4, 8), None),
 }
-NAMES = {"video": "prompt length", "tokens": "completion tokens", "generations": "G", "vocab": "vocabulary",
-         "prompts": "prompts a rank"}
+NAMES = {
+    "video": "prompt length",
+    "tokens": "completion tokens",
+    "generations": "G",
+    "vocab": "vocabulary",
+    "prompts": "prompts a rank",
+}
 
 
 class Step:
@@ -58,10 +63,12 @@ class Step:
         checkpoint_activations(self.thinker, True)
         self.encoder = Encoder(self.thinker, torch.device("cpu"))
         part = max(1, size.video // 64)
-        self.inputs = [random_inputs(size.vocab, size.video, 24 * part, 8 * part + 8, seed=i)
-                       for i in range(size.prompts)]
-        self.completions = [random_completions(size.vocab, size.generations, size.tokens, seed=i)
-                            for i in range(size.prompts)]
+        self.inputs = [
+            random_inputs(size.vocab, size.video, 24 * part, 8 * part + 8, seed=i) for i in range(size.prompts)
+        ]
+        self.completions = [
+            random_completions(size.vocab, size.generations, size.tokens, seed=i) for i in range(size.prompts)
+        ]
 
     def run(self):
         """{"towers", "sampling", "reference", "update"}: CPU seconds."""
@@ -70,8 +77,13 @@ class Step:
             prompts = [self.encoder(inputs) for inputs in self.inputs]
         self.thinker.eval()
         with clock("sampling"):
-            generate(self.thinker, prompts, size.generations, sampling_for(size.vocab, size.tokens),
-                     [make_generator("cpu", 0, i) for i in range(size.prompts)])
+            generate(
+                self.thinker,
+                prompts,
+                size.generations,
+                sampling_for(size.vocab, size.tokens),
+                [make_generator("cpu", 0, i) for i in range(size.prompts)],
+            )
         self.thinker.train()
         for prompt, given in zip(prompts, self.completions):
             with clock("reference"), torch.no_grad():  # the same work as under another model
@@ -129,22 +141,36 @@ def measure(base, axis, values, still, repeats):
     for _, i in kit.interleaved(range(len(steps)), repeats):
         runs[i].append(steps[i].run())
     whole = [kit.median([sum(r.values()) for r in of_size]) for of_size in runs]
-    towers = [kit.median([r["towers"] for r in of_size]) for of_size in runs][:len(values)]
+    towers = [kit.median([r["towers"] for r in of_size]) for of_size in runs][: len(values)]
     marginal = [cost - whole[-1] for cost in whole[:-1]] if still else None
-    found = {"values": values, "whole": whole[:len(values)], "marginal": marginal, "towers": towers,
-             "logits": [step.logits_mib() for step in steps[:len(values)]]}
-    found["exponents"] = {name: exponent(values, found[name]) if found[name] else None
-                          for name in ("whole", "marginal", "towers", "logits")}
+    found = {
+        "values": values,
+        "whole": whole[: len(values)],
+        "marginal": marginal,
+        "towers": towers,
+        "logits": [step.logits_mib() for step in steps[: len(values)]],
+    }
+    found["exponents"] = {
+        name: exponent(values, found[name]) if found[name] else None
+        for name in ("whole", "marginal", "towers", "logits")
+    }
     return found
 
 
 def report(result):
     """Prints the table of exponents and the costs behind it."""
     print(f"\n{kit.machine()}; from {result['base']}, medians of {result['repeats']}")
-    kit.print_table(["exponent of the cost in", "sizes", "whole", "marginal", "towers", "logits in memory"], [
-        [NAMES[axis], ", ".join(map(str, found["values"])), *(found["exponents"][name] for name in
-                                                            ("whole", "marginal", "towers", "logits"))]
-        for axis, found in result["axes"].items()])
+    kit.print_table(
+        ["exponent of the cost in", "sizes", "whole", "marginal", "towers", "logits in memory"],
+        [
+            [
+                NAMES[axis],
+                ", ".join(map(str, found["values"])),
+                *(found["exponents"][name] for name in ("whole", "marginal", "towers", "logits")),
+            ]
+            for axis, found in result["axes"].items()
+        ],
+    )
     for axis, found in result["axes"].items():
         costs = ", ".join(f"{cost:.2f}" for cost in found["whole"])
         print(f"{NAMES[axis]}: {costs} CPU s; logits {', '.join(f'{mib:.1f}' for mib in found['logits'])} MiB")
@@ -168,7 +194,7 @@ def main(argv=None):
     result = {"base": asdict(base), "repeats": job.repeats, "axes": {}}
     for axis in job.axes:
         values, still = AXES[axis]
-        result["axes"][axis] = measure(base, axis, values[:job.points], still, job.repeats)
+        result["axes"][axis] = measure(base, axis, values[: job.points], still, job.repeats)
     report(result)
     kit.write_json(job.json, result)
 

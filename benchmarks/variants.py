@@ -59,8 +59,9 @@ def update():
         parts = (x.split(variant.completions_per_forward) for x in (completions, torch.linspace(-1, 1, 8)))
         for given, advantages in zip(*parts):
             logps = group_logps(thinker, [prompt], [given], chunk=variant.logprob_chunk)[0][0]
-            loss, _ = grpo_loss(logps, None, None, advantages, torch.ones_like(logps), beta=0.0,
-                                num_items=completions.numel())
+            loss, _ = grpo_loss(
+                logps, None, None, advantages, torch.ones_like(logps), beta=0.0, num_items=completions.numel()
+            )
             loss.backward()
     growth, norm = memory.growth(), float(clip_gradients(thinker, float("inf")))
     thinker.zero_grad(set_to_none=True)
@@ -74,8 +75,9 @@ def run(vocab, job):
     for _, name in kit.interleaved(VARIANTS, job.repeats + 1):  # the first round warms up
         runs[name].append(workers.call(name, update))
     workers.close()
-    return {name: {key: kit.median([r[key] for r in of_name[1:]]) for key in of_name[0]}
-            for name, of_name in runs.items()}
+    return {
+        name: {key: kit.median([r[key] for r in of_name[1:]]) for key in of_name[0]} for name, of_name in runs.items()
+    }
 
 
 def main(argv=None):
@@ -91,9 +93,13 @@ def main(argv=None):
     for vocab, found in results.items():
         print(f"\n{kit.machine()}; V={vocab}, medians of {job.repeats}")
         first = found["default"]
-        kit.print_table(["one update", "CPU s", "beside default", "growth, MiB", "gradient norm less default's"], [
-            [name, of["cpu"], of["cpu"] / first["cpu"], of["growth"], abs(of["norm"] / first["norm"] - 1)]
-            for name, of in found.items()])
+        kit.print_table(
+            ["one update", "CPU s", "beside default", "growth, MiB", "gradient norm less default's"],
+            [
+                [name, of["cpu"], of["cpu"] / first["cpu"], of["growth"], abs(of["norm"] / first["norm"] - 1)]
+                for name, of in found.items()
+            ],
+        )
     kit.write_json(job.json, {"job": vars(job), "results": results})
 
 

@@ -33,8 +33,10 @@ class Figure:
 
     def rect(self, x, y, width, height, kind, opacity=1.0, radius=3):
         """A filled rectangle; `kind` is a class of STYLE."""
-        self.parts.append(f'<rect class="{kind}" x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" '
-                          f'rx="{radius}" fill-opacity="{opacity:.2f}"/>')
+        self.parts.append(
+            f'<rect class="{kind}" x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" '
+            f'rx="{radius}" fill-opacity="{opacity:.2f}"/>'
+        )
 
     def text(self, x, y, words, kind=""):
         """A line of text that begins at x (or ends or is centred there, by `kind`)."""
@@ -48,8 +50,13 @@ class Figure:
         """A line with a head at its end; horizontal or vertical."""
         across, down = (x2 > x1) - (x2 < x1), (y2 > y1) - (y2 < y1)
         self.path([(x1, y1), (x2, y2)])
-        self.path([(x2 - 6 * across - 4 * down, y2 - 6 * down - 4 * across), (x2, y2),
-                   (x2 - 6 * across + 4 * down, y2 - 6 * down + 4 * across)])
+        self.path(
+            [
+                (x2 - 6 * across - 4 * down, y2 - 6 * down - 4 * across),
+                (x2, y2),
+                (x2 - 6 * across + 4 * down, y2 - 6 * down + 4 * across),
+            ]
+        )
 
     def box(self, x, y, width, height, *lines):
         """A box with lines of text in its middle, the first one bold."""
@@ -61,8 +68,16 @@ class Figure:
     def svg(self):
         """The finished file."""
         size = f'viewBox="0 0 {WIDTH} {self.height}" width="{WIDTH}" height="{self.height}"'
-        return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" {size}>', f"<style>{STYLE}</style>",
-                          f'<rect class="paper" width="{WIDTH}" height="{self.height}"/>', *self.parts, "</svg>", ""])
+        return "\n".join(
+            [
+                f'<svg xmlns="http://www.w3.org/2000/svg" {size}>',
+                f"<style>{STYLE}</style>",
+                f'<rect class="paper" width="{WIDTH}" height="{self.height}"/>',
+                *self.parts,
+                "</svg>",
+                "",
+            ]
+        )
 
 
 def prompts():
@@ -157,13 +172,21 @@ def reference():
         f.path([(x0 + start, y0), (x0 + start, y0 + 234)], "thin")
     f.path([(x0, y0), (x0 + 234, y0), (x0 + 234, y0 + 234), (x0, y0 + 234), (x0, y0)], "thin")
     f.text(x0 + 117, 306, "keys (4 of the 8 completions drawn)", "mid small")
-    lines = (("One row for a group", "bold"), ("prompt + 8 completions: 90 + 8 x 36 = 378 tokens", ""),
-             ("instead of 8 rows of 90 + 36 = 1008", ""), ("", ""),
-             ("The prompt attends to itself.", ""), ("Each completion attends to the prompt and to its own", ""),
-             ("past, never to another completion.", ""), ("", ""),
-             ("Positions start again after the prompt for each.", ""),
-             ("The first token of all 8 is predicted by the prompt's", ""), ("last position.", ""), ("", ""),
-             ("out: ref_logps (8, 36), no gradient", "mono"))
+    lines = (
+        ("One row for a group", "bold"),
+        ("prompt + 8 completions: 90 + 8 x 36 = 378 tokens", ""),
+        ("instead of 8 rows of 90 + 36 = 1008", ""),
+        ("", ""),
+        ("The prompt attends to itself.", ""),
+        ("Each completion attends to the prompt and to its own", ""),
+        ("past, never to another completion.", ""),
+        ("", ""),
+        ("Positions start again after the prompt for each.", ""),
+        ("The first token of all 8 is predicted by the prompt's", ""),
+        ("last position.", ""),
+        ("", ""),
+        ("out: ref_logps (8, 36), no gradient", "mono"),
+    )
     for i, (words, kind) in enumerate(lines):
         f.text(350, 60 + 18 * i, words, kind)
     return f
@@ -172,9 +195,13 @@ def reference():
 def rewards():
     """Four rewards of eight completions, and their sum for the whole."""
     f = Figure(240)
-    rows = (("format", [1] * 8), ("accuracy", [1, 1, 1, 0.5, 0.5, 0.5, 1, 0.5]),
-            ("context", [2 / 3, 1, 2 / 3, 2 / 3, 2 / 3, 1, 2 / 3, 2 / 3]), ("logic", [1, 1, 1, .8, .8, .8, 1, .8]),
-            ("R_full", [2, 2, 2, 1.5, 1.5, 1.5, 2, 1.5]))
+    rows = (
+        ("format", [1] * 8),
+        ("accuracy", [1, 1, 1, 0.5, 0.5, 0.5, 1, 0.5]),
+        ("context", [2 / 3, 1, 2 / 3, 2 / 3, 2 / 3, 1, 2 / 3, 2 / 3]),
+        ("logic", [1, 1, 1, 0.8, 0.8, 0.8, 1, 0.8]),
+        ("R_full", [2, 2, 2, 1.5, 1.5, 1.5, 2, 1.5]),
+    )
     for g in range(8):
         f.text(163 + 66 * g, 28, f"{g + 1}", "mid small")
     for r, (name, values) in enumerate(rows):
@@ -191,18 +218,28 @@ def advantages():
     """Every token of four completions, tinted by its advantage."""
     f = Figure(352)
     start = "<context|>A| frown|,| a| rising| voice|,| a| %s| wall|.</|context|><|"
-    right = "think|>The| rising| voice| and| the| frown| count|:| cold| and| eager|.</|think|><|answer|>B|,C|</|answer|>"
+    right = (
+        "think|>The| rising| voice| and| the| frown| count|:| cold| and| eager|.</|think|><|answer|>B|,C|</|answer|>"
+    )
     wrong = "think|>Only| the| frown| counts|:| cold| and| tired|.</|think|><|answer|>B|,D|</|answer|>"
-    kinds = (("2", "red", right, "saw the wall, reasoned well, right"), ("1", "plain", right, "left the wall out"),
-             ("6", "red", wrong, "saw the wall, reasoned badly, half right"), ("4", "plain", wrong, "did neither"))
+    kinds = (
+        ("2", "red", right, "saw the wall, reasoned well, right"),
+        ("1", "plain", right, "left the wall out"),
+        ("6", "red", wrong, "saw the wall, reasoned badly, half right"),
+        ("4", "plain", wrong, "did neither"),
+    )
     for row, (number, wall, rest, words) in enumerate(kinds):
         tokens = (start % wall + rest).split("|") + ["<|im_end|>"]
         good = rest is right
-        full, context, logic = (.25 if good else -.25), (.25 if wall == "red" else -.0833), (.1 if good else -.1)
+        full, context, logic = (0.25 if good else -0.25), (0.25 if wall == "red" else -0.0833), (0.1 if good else -0.1)
         y = 26 + 82 * row
         f.text(24, y, f"{number}: {words}", "bold")
-        f.text(736, y, f"context {full + context + logic:+.2f}   think {full + logic:+.2f}   answer {full:+.2f}",
-               "mono right")
+        f.text(
+            736,
+            y,
+            f"context {full + context + logic:+.2f}   think {full + logic:+.2f}   answer {full:+.2f}",
+            "mono right",
+        )
         x, y = 24, y + 8
         in_think = tokens.index("think", 14)
         ends = (14, tokens.index("><", in_think) + 1)  # tokens through </context>, through </think>
@@ -221,6 +258,7 @@ def update():
     """Where the clip takes the gradient away, and the way from log-probs to weights."""
     f = Figure(330)
     for left, sign, words in ((60, 1, "A > 0: make it likelier"), (430, -1, "A < 0: make it rarer")):
+
         def at(ratio, value, left=left):
             return left + 250 * (ratio - 0.5), 150 - 75 * value
 
@@ -228,8 +266,11 @@ def update():
         f.path([at(0.5, 0), at(1.6, 0)])
         f.path([at(0.5, -1.65), at(0.5, 1.45)])
         bound = 1 + 0.2 * sign
-        moving, flat = ([(0.5, 0.5), (1.2, 1.2)], [(1.2, 1.2), (1.6, 1.2)]) if sign > 0 else (
-            [(0.8, -0.8), (1.6, -1.6)], [(0.5, -0.8), (0.8, -0.8)])
+        moving, flat = (
+            ([(0.5, 0.5), (1.2, 1.2)], [(1.2, 1.2), (1.6, 1.2)])
+            if sign > 0
+            else ([(0.8, -0.8), (1.6, -1.6)], [(0.5, -0.8), (0.8, -0.8)])
+        )
         f.path([at(*point) for point in moving], "curve")
         f.path([at(*point) for point in flat], "flat")
         f.path([at(bound, -1.6), at(bound, 1.4)], "thin dash")
@@ -239,8 +280,14 @@ def update():
         where = at(1.42, 1.2) if sign > 0 else at(0.68, -0.8)
         f.text(where[0], where[1] + (-8 if sign > 0 else 20), "no gradient", "mid small")
     f.text(70, 250, "height: min(ratio A, clip(ratio) A), with |A| = 1", "small")
-    steps = (("logps (8, 36)", "one forward pass"), ("ratio, k3", "per token"), ("sum / N", "N: all ranks"),
-             ("backward", "gradients"), ("clip norm", "to 1.0"), ("AdamW", "weights move"))
+    steps = (
+        ("logps (8, 36)", "one forward pass"),
+        ("ratio, k3", "per token"),
+        ("sum / N", "N: all ranks"),
+        ("backward", "gradients"),
+        ("clip norm", "to 1.0"),
+        ("AdamW", "weights move"),
+    )
     for i, lines in enumerate(steps):
         f.box(24 + 121 * i, 284, 104, 40, *lines)
         if i:
@@ -252,10 +299,12 @@ def log():
     """What a step leaves behind."""
     f = Figure(250)
     f.box(24, 84, 130, 76, "step s", "1 ... 7")
-    outputs = (("metrics.jsonl", "one line a step: means over all ranks"),
-               ("rollouts.jsonl", "each completion, and of its every token: log-prob, ratio, KL, credit"),
-               ("checkpoint-N", "every save_steps: weights, optimiser, step; in the background"),
-               ("model/", "after the last step: loads with from_pretrained"))
+    outputs = (
+        ("metrics.jsonl", "one line a step: means over all ranks"),
+        ("rollouts.jsonl", "each completion, and of its every token: log-prob, ratio, KL, credit"),
+        ("checkpoint-N", "every save_steps: weights, optimiser, step; in the background"),
+        ("model/", "after the last step: loads with from_pretrained"),
+    )
     for i, (name, words) in enumerate(outputs):
         y = 24 + 52 * i
         f.box(230, y, 130, 40, name)
@@ -268,8 +317,16 @@ def log():
     return f
 
 
-FIGURES = {"1-prompts": prompts, "2-rollout": rollout, "3-judge": judge, "4-reference": reference,
-           "5-rewards": rewards, "6-advantages": advantages, "7-update": update, "8-log": log}
+FIGURES = {
+    "1-prompts": prompts,
+    "2-rollout": rollout,
+    "3-judge": judge,
+    "4-reference": reference,
+    "5-rewards": rewards,
+    "6-advantages": advantages,
+    "7-update": update,
+    "8-log": log,
+}
 
 if __name__ == "__main__":
     folder = Path(__file__).parent / "figures"

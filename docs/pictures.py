@@ -36,10 +36,12 @@ LEVELS = 85  # of a colour in the picture: the noise of frames is what takes roo
 
 def most_telling(folder):
     """(step, sample) of the group whose first completions differ most in the reward in which they differ least."""
+
     def _differ(record):
         credits = [name for name in record["completions"][0]["tokens"] if name.startswith("credit/")]
         firsts = {name: [c["tokens"][name][0] for c in record["completions"][:SEEN]] for name in credits}
         return min(max(values) - min(values) for values in firsts.values())
+
     with open(folder / "rollouts.jsonl", encoding="utf-8") as lines:
         record = max(map(json.loads, lines), key=_differ)
     return record["step"], record["sample"]
@@ -52,8 +54,14 @@ def smaller(png):
     frame = av.VideoFrame.from_ndarray((np.rint(pixels / 255 * LEVELS) / LEVELS * 255).astype(np.uint8), format="rgb24")
     file = io.BytesIO()
     with av.open(file, "w", format="image2pipe") as container:
-        stream = container.add_stream("png", rate=1, width=frame.width, height=frame.height, pix_fmt="rgb24",
-                                      options={"compression_level": "9", "pred": "mixed"})
+        stream = container.add_stream(
+            "png",
+            rate=1,
+            width=frame.width,
+            height=frame.height,
+            pix_fmt="rgb24",
+            options={"compression_level": "9", "pred": "mixed"},
+        )
         container.mux([*stream.encode(frame), *stream.encode()])
     return file.getvalue()
 
@@ -77,13 +85,17 @@ def main(folder):
             chart = re.sub(r' style="[^"]*"|(?<=\.\d)\d+', "", chart)  # the page's colours, and more than one decimal
             chart = chart.replace(">", f' xmlns="http://www.w3.org/2000/svg" width="{CHART}">{STYLE}', 1)
             (ROOT / "docs/reward.svg").write_text(chart + "\n", encoding="utf-8")
-            prompt = browser.execute_async_script("""
+            prompt = browser.execute_async_script(
+                """
                 const [step, sample, done] = arguments;
                 choose({step, prompt: 0}).then(() => {
                   const options = [...document.querySelector("select[name=prompt]").options];
                   const prompt = options.findIndex(option => option.text === sample);
                   choose({prompt}).then(() => done(prompt));
-                });""", str(step), sample)
+                });""",
+                str(step),
+                sample,
+            )
             picture = {"clip": {"x": 0, "y": 0, "width": WIDTH, "height": HEIGHT, "scale": 1}}
             png = browser.execute_cdp_cmd("Page.captureScreenshot", picture)["data"]
     (ROOT / "docs/tokens.png").write_bytes(smaller(base64.b64decode(png)))

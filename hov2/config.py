@@ -79,8 +79,9 @@ class LoRAConfig(Checked):
 
     rank: int = 16
     alpha: float = 32.0  # an adapter's output is multiplied by alpha / rank
-    target_modules: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj",
-                                                               "up_proj", "down_proj"])
+    target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
 
 
 @dataclass
@@ -150,8 +151,10 @@ class TrainConfig(BaseConfig):
         """Refuses values that can't train."""
         super().__post_init__()
         _need(self.keep_last or not self.keep_every, "keep_every: needs keep_last, else all checkpoints are kept")
-        _need(bool(self.eval_data) == bool(self.eval_steps),
-              "eval_data and eval_steps: held-out evaluation needs both, or leave both out")
+        _need(
+            bool(self.eval_data) == bool(self.eval_steps),
+            "eval_data and eval_steps: held-out evaluation needs both, or leave both out",
+        )
 
 
 @dataclass
@@ -195,11 +198,15 @@ class GRPOConfig(TrainConfig):
     def __post_init__(self):
         """Refuses values that can't train."""
         super().__post_init__()
-        _need({"format", "accuracy"} & set(self.reward_weights),
-              "reward_weights: format or accuracy is needed, the rewards that reach every token")
+        _need(
+            {"format", "accuracy"} & set(self.reward_weights),
+            "reward_weights: format or accuracy is needed, the rewards that reach every token",
+        )
         judged = [repr(name) for name in ("context", "logic") if name in self.reward_weights]
-        _need(self.judge or not judged,
-              f"reward_weights: {' and '.join(judged)} needs a judge; give one as `judge`, or leave it out")
+        _need(
+            self.judge or not judged,
+            f"reward_weights: {' and '.join(judged)} needs a judge; give one as `judge`, or leave it out",
+        )
         _need(self.num_generations >= 2, f"num_generations: at least 2, to compare them; got {self.num_generations}")
         _need(self.temperature > 0, f"temperature: greater than 0, equals teach nothing; got {self.temperature}")
 
@@ -216,8 +223,10 @@ class FilterConfig:
     def __post_init__(self):
         """Refuses bounds that nothing lies between."""
         _need(self.output.endswith(".jsonl"), f"output: expected a file that ends in .jsonl, got {self.output!r}")
-        _need(0 <= self.min_share < self.max_share <= 1,
-              f"expected 0 <= min_share < max_share <= 1, got {self.min_share} and {self.max_share}")
+        _need(
+            0 <= self.min_share < self.max_share <= 1,
+            f"expected 0 <= min_share < max_share <= 1, got {self.min_share} and {self.max_share}",
+        )
 
 
 @dataclass
@@ -242,10 +251,14 @@ class EvalConfig(BaseConfig):
         super().__post_init__()
         _need(bool(self.data) != bool(self.benchmark), "data, benchmark: expected one of the two")
         _need(bool(self.benchmark) == bool(self.benchmark_root), "benchmark, benchmark_root: expected both, or neither")
-        _need(self.num_samples == 1 or self.temperature,
-              f"num_samples: {self.num_samples} greedy answers are one answer; set a temperature")
-        _need(not self.filter or (self.num_samples > 1 and not self.benchmark),
-              "filter: needs num_samples of at least 2, and data (not a benchmark)")
+        _need(
+            self.num_samples == 1 or self.temperature,
+            f"num_samples: {self.num_samples} greedy answers are one answer; set a temperature",
+        )
+        _need(
+            not self.filter or (self.num_samples > 1 and not self.benchmark),
+            "filter: needs num_samples of at least 2, and data (not a benchmark)",
+        )
 
 
 def _need(condition, message):

@@ -66,8 +66,11 @@ def reward_advantages(rewards, weights, *, scale_rewards=False, credit="seen"):
     advantages = {"full": group_advantages(full_reward(rewards, weights), scale_rewards)}
     for name in JUDGED:
         if name in weights:
-            own = (advantages["full"] if credit == "released" else
-                   group_advantages(weights[name] * rewards[name], scale_rewards))
+            own = (
+                advantages["full"]
+                if credit == "released"
+                else group_advantages(weights[name] * rewards[name], scale_rewards)
+            )
             advantages[name] = own
     return advantages
 
@@ -95,8 +98,16 @@ def kl_coef(step, total_steps, beta):
     return beta * (1.0 - 0.75 * min(1.0, step / (total_steps / 2)))
 
 
-def token_terms(per_token_logps, old_per_token_logps, ref_per_token_logps, advantages, completion_mask, *,
-                epsilon=0.2, epsilon_high=None):
+def token_terms(
+    per_token_logps,
+    old_per_token_logps,
+    ref_per_token_logps,
+    advantages,
+    completion_mask,
+    *,
+    epsilon=0.2,
+    epsilon_high=None,
+):
     """What one token contributes, before weights and sums.
 
     All tensors (B, C). `old_per_token_logps=None` is on-policy (ratio 1, its gradient that of the log-probs);
@@ -124,8 +135,20 @@ def token_terms(per_token_logps, old_per_token_logps, ref_per_token_logps, advan
     }
 
 
-def grpo_loss(per_token_logps, old_per_token_logps, ref_per_token_logps, advantages, completion_mask, *, beta=0.04,
-              epsilon=0.2, epsilon_high=None, loss_type="token", num_items=None, max_completion_length=None):
+def grpo_loss(
+    per_token_logps,
+    old_per_token_logps,
+    ref_per_token_logps,
+    advantages,
+    completion_mask,
+    *,
+    beta=0.04,
+    epsilon=0.2,
+    epsilon_high=None,
+    loss_type="token",
+    num_items=None,
+    max_completion_length=None,
+):
     """L = (1/N) sum over tokens of [ - min(ratio A, clip(ratio) A) + beta KL ], with N by `loss_type`.
 
     per_token_logps, old, ref, completion_mask: (B, C); advantages: (B,) or (B, C). `old_per_token_logps=None` is
@@ -144,8 +167,15 @@ def grpo_loss(per_token_logps, old_per_token_logps, ref_per_token_logps, advanta
         raise ValueError("beta is not 0, so ref_per_token_logps is needed")
     if advantages.dim() == 1:
         advantages = advantages[:, None]
-    terms = token_terms(per_token_logps, old_per_token_logps, ref_per_token_logps, advantages, completion_mask,
-                        epsilon=epsilon, epsilon_high=epsilon_high)
+    terms = token_terms(
+        per_token_logps,
+        old_per_token_logps,
+        ref_per_token_logps,
+        advantages,
+        completion_mask,
+        epsilon=epsilon,
+        epsilon_high=epsilon_high,
+    )
     mask = completion_mask.to(per_token_logps.dtype)
     per_token = (terms["policy_loss"] + beta * terms["kl"]) * mask
     if loss_type == "token":

@@ -19,7 +19,6 @@ from urllib.parse import urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
-from urllib3.exceptions import HTTPError
 
 from hov2.config import JudgeConfig
 from hov2.distributed import print0
@@ -125,7 +124,7 @@ class Server:
         longer = self.timeout + 1  # so that it is always _post that gives up
         try:
             return _text_of(self._session.post(url, json=body, timeout=longer, allow_redirects=False))
-        except (OSError, ValueError, HTTPError) as error:  # requests wraps most, but not all, in its own OSErrors
+        except Exception as error:  # noqa: BLE001, requests wraps most, but not all, that can go wrong
             return _fault_of(error)
 
 

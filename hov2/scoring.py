@@ -117,7 +117,7 @@ class Scorer:
         for reply in replies:
             faults.update(fault.kind for fault in reply.faults)
         for kind in FAULTS:
-            means.add(f"judge/faults/{kind}", faults[kind] * world_size())  # their mean is the sum
+            means.add_sum(f"judge/faults/{kind}", faults[kind])
 
     def note(self, samples: list) -> str:
         """Return what a reader of the log should know about how these samples are scored, or ""."""

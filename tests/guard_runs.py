@@ -100,7 +100,8 @@ def train(config, sft, grpo):
 
     train_grpo.forward = lambda policy, batch, config: tuple(
         [values * float("nan") for values in of_batch] if distributed.rank() == 1 and policy.training else of_batch
-        for of_batch in forward(policy, batch, config))
+        for of_batch in forward(policy, batch, config)
+    )
     try:
         run(train_grpo, grpo, "grpo", "max_bad_steps=1")
     except FloatingPointError as error:

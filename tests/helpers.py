@@ -9,8 +9,18 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration, Qwen2Tokenizer
 
-SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|IMAGE|>", "<|AUDIO|>", "<|VIDEO|>",
-                  "<|vision_bos|>", "<|vision_eos|>", "<|audio_bos|>", "<|audio_eos|>"]
+SPECIAL_TOKENS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|IMAGE|>",
+    "<|AUDIO|>",
+    "<|VIDEO|>",
+    "<|vision_bos|>",
+    "<|vision_eos|>",
+    "<|audio_bos|>",
+    "<|audio_eos|>",
+]
 # Enough repeated text for about a hundred merges, some of which cross a tag's edge (".</", "><"), as Qwen's own do.
 CORPUS = [
     "<context>A man smiles and talks in a high voice.</context><think>He is joking.</think><answer>B</answer>",
@@ -30,14 +40,22 @@ def tiny_tokenizer(vocab_size=400):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(SPECIAL_TOKENS), show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL_TOKENS),
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator(CORPUS * 20, trainer)
     bpe = json.loads(tokenizer.to_str())["model"]
     names = {f"{kind}_token": f"<|{kind.upper()}|>" for kind in ("image", "audio", "video")}
     names |= {f"{kind}_token": f"<|{kind}|>" for kind in ("vision_bos", "vision_eos", "audio_bos", "audio_eos")}
-    qwen = Qwen2Tokenizer(vocab=bpe["vocab"], merges=[tuple(m) for m in bpe["merges"]], eos_token="<|im_end|>",
-                          pad_token="<|endoftext|>", extra_special_tokens=names)
+    qwen = Qwen2Tokenizer(
+        vocab=bpe["vocab"],
+        merges=[tuple(m) for m in bpe["merges"]],
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens=names,
+    )
     qwen.add_tokens(SPECIAL_TOKENS, special_tokens=True)
     return qwen
 
@@ -54,25 +72,45 @@ def tiny_thinker(seed=0, vocab=None, layers=2, hidden=64, attn_implementation="s
     sections = [half // 2, half // 4, half - half // 2 - half // 4]
     config = Qwen2_5OmniThinkerConfig(
         text_config={
-            "hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers,
-            "max_window_layers": layers, "num_attention_heads": heads, "num_key_value_heads": 2,
+            "hidden_size": hidden,
+            "intermediate_size": 2 * hidden,
+            "num_hidden_layers": layers,
+            "max_window_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": 2,
             "vocab_size": vocab or len(tokenizer),
-            "max_position_embeddings": 4096, "tie_word_embeddings": False,
+            "max_position_embeddings": 4096,
+            "tie_word_embeddings": False,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": sections},
-            "bos_token_id": None, "eos_token_id": token_id("<|im_end|>"), "pad_token_id": token_id("<|endoftext|>"),
+            "bos_token_id": None,
+            "eos_token_id": token_id("<|im_end|>"),
+            "pad_token_id": token_id("<|endoftext|>"),
         },
         vision_config={
-            "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": hidden,
-            "fullatt_block_indexes": [1], "window_size": 56,
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "out_hidden_size": hidden,
+            "fullatt_block_indexes": [1],
+            "window_size": 56,
         },
         audio_config={
-            "encoder_layers": 2, "d_model": 32, "encoder_attention_heads": 2, "encoder_ffn_dim": 64,
-            "output_dim": hidden, "num_mel_bins": 128,
+            "encoder_layers": 2,
+            "d_model": 32,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 64,
+            "output_dim": hidden,
+            "num_mel_bins": 128,
         },
-        image_token_index=token_id("<|IMAGE|>"), audio_token_index=token_id("<|AUDIO|>"),
-        video_token_index=token_id("<|VIDEO|>"), vision_start_token_id=token_id("<|vision_bos|>"),
-        vision_end_token_id=token_id("<|vision_eos|>"), audio_start_token_id=token_id("<|audio_bos|>"),
-        audio_end_token_id=token_id("<|audio_eos|>"), tie_word_embeddings=False,
+        image_token_index=token_id("<|IMAGE|>"),
+        audio_token_index=token_id("<|AUDIO|>"),
+        video_token_index=token_id("<|VIDEO|>"),
+        vision_start_token_id=token_id("<|vision_bos|>"),
+        vision_end_token_id=token_id("<|vision_eos|>"),
+        audio_start_token_id=token_id("<|audio_bos|>"),
+        audio_end_token_id=token_id("<|audio_eos|>"),
+        tie_word_embeddings=False,
     )
     config._attn_implementation = attn_implementation
     with torch.random.fork_rng(devices=[]):
@@ -93,7 +131,9 @@ def synth_clip(path, seconds=1, fps=8, size=56, sound=True, seed=0):
     if path.endswith(".png"):
         frames, sound = frames[:1], False
     video_codec, audio_codec = {
-        ".mp4": ("libx264", "aac"), "webm": ("libvpx-vp9", "libopus"), ".wav": (None, "pcm_s16le"),
+        ".mp4": ("libx264", "aac"),
+        "webm": ("libvpx-vp9", "libopus"),
+        ".wav": (None, "pcm_s16le"),
         ".png": ("png", None),
     }[path[-4:]]
     with av.open(path, "w", format="image2" if path.endswith(".png") else None) as container:
@@ -122,7 +162,7 @@ def _frames(count, size, seed):
     for i in range(count):
         image, side = background.copy(), size // 4
         left = (i * size // max(count, 1)) % (size - side)
-        image[size // 2:size // 2 + side, left:left + side] = (0, 255, 0)
+        image[size // 2 : size // 2 + side, left : left + side] = (0, 255, 0)
         images.append(np.ascontiguousarray(image))
     return images
 

@@ -31,10 +31,10 @@ def mutate(content, number):
     data = np.frombuffer(content, np.uint8).copy()
     reach = min(len(data), 1500) if "header" in kind else len(data)
     if kind == "cut":
-        return kind, content[:int(rng.integers(1, len(content)))]
+        return kind, content[: int(rng.integers(1, len(content)))]
     if kind.startswith("zeros"):
         start = int(rng.integers(reach))
-        data[start:start + int(rng.integers(1, reach // 4))] = 0
+        data[start : start + int(rng.integers(1, reach // 4))] = 0
     else:
         for at in rng.integers(reach, size=int(rng.integers(1, 65))):
             data[at] ^= np.uint8(1 << rng.integers(8))

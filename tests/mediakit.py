@@ -19,8 +19,19 @@ def moving_picture(count, width, height, seed=0):
         yield (127 + 120 * np.sin(x[..., None] / 9 + phase) * np.cos(y[..., None] / 7 - phase)).astype(np.uint8)
 
 
-def write_video(path, codec="libx264", count=40, width=96, height=64, rate=10, pix_fmt="yuv420p", options=None,
-                times=None, sound=None, container_options=None):
+def write_video(
+    path,
+    codec="libx264",
+    count=40,
+    width=96,
+    height=64,
+    rate=10,
+    pix_fmt="yuv420p",
+    options=None,
+    times=None,
+    sound=None,
+    container_options=None,
+):
     """`times`: the frames' time stamps in units of 1/rate; `sound`: (codec, rate, layout, float32 (channels, n))."""
     with av.open(str(path), "w", options=container_options or {}) as container:
         stream = container.add_stream(codec, rate=rate, options=options or {})

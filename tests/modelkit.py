@@ -37,19 +37,26 @@ def random_inputs(seed=0, text_length=5, frames=4, side=2, mel_frames=40, kind="
     if mel_frames:
         ids += [token_id("<|audio_bos|>"), *[token_id("<|AUDIO|>")] * audio_tokens, token_id("<|audio_eos|>")]
     ids += text(text_length)
-    shape = SimpleNamespace(visual_kind=kind if frames else None, grid_thw=grid if frames else None,
-                            second_per_grid=0.5, mel_frames=mel_frames, interleaved=interleaved)
+    shape = SimpleNamespace(
+        visual_kind=kind if frames else None,
+        grid_thw=grid if frames else None,
+        second_per_grid=0.5,
+        mel_frames=mel_frames,
+        interleaved=interleaved,
+    )
     patches = torch.randn(int(grid.prod()), 1176, generator=g) if frames else None
     mel = torch.randn(128, mel_frames, generator=g) if mel_frames else None
-    return SimpleNamespace(prompt_ids=torch.tensor(ids), pixel_values=patches, mel=mel, shape=shape,
-                           media_key=key or (seed, "clip"))
+    return SimpleNamespace(
+        prompt_ids=torch.tensor(ids), pixel_values=patches, mel=mel, shape=shape, media_key=key or (seed, "clip")
+    )
 
 
 def random_prompts(thinker, count=2, **kwargs):
     """`count` prompts of different lengths."""
     encoder = Encoder(thinker, torch.device("cpu"))
-    return [encoder(random_inputs(seed=i, text_length=5 + 3 * i, mel_frames=40 + 20 * i, **kwargs))
-            for i in range(count)]
+    return [
+        encoder(random_inputs(seed=i, text_length=5 + 3 * i, mel_frames=40 + 20 * i, **kwargs)) for i in range(count)
+    ]
 
 
 def random_completions(groups=2, generations=3, lengths=(7, 5), seed=0):
@@ -64,16 +71,22 @@ def separate_logps(thinker, inputs, completion, temperature=1.0):
     ids = torch.cat([inputs.prompt_ids, completion])[None]
     media = {}
     if shape.grid_thw is not None:
-        names = (("pixel_values", "image_grid_thw") if shape.visual_kind == "image" else
-                 ("pixel_values_videos", "video_grid_thw"))
+        names = (
+            ("pixel_values", "image_grid_thw")
+            if shape.visual_kind == "image"
+            else ("pixel_values_videos", "video_grid_thw")
+        )
         media = dict(zip(names, (inputs.pixel_values, shape.grid_thw)))
         if shape.visual_kind == "video":
             media["video_second_per_grid"] = torch.tensor([shape.second_per_grid])
     if inputs.mel is not None:
-        media |= {"input_features": inputs.mel[None],
-                  "feature_attention_mask": torch.ones(1, inputs.mel.shape[1], dtype=torch.long)}
-    logits = thinker(input_ids=ids, attention_mask=torch.ones_like(ids), use_audio_in_video=shape.interleaved,
-                     **media).logits
+        media |= {
+            "input_features": inputs.mel[None],
+            "feature_attention_mask": torch.ones(1, inputs.mel.shape[1], dtype=torch.long),
+        }
+    logits = thinker(
+        input_ids=ids, attention_mask=torch.ones_like(ids), use_audio_in_video=shape.interleaved, **media
+    ).logits
     start = len(inputs.prompt_ids) - 1
     logps = (logits[0, start:-1] / temperature).log_softmax(-1)
     return logps.gather(-1, completion[:, None])[:, 0]

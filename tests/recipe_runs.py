@@ -37,7 +37,7 @@ def run(copy):
             sys.argv = words[1:]
             runpy.run_path(words[1], run_name="__main__")
         else:
-            overrides = [word for word in words[words.index("train_grpo.py") + 2:] if "=" in word]
+            overrides = [word for word in words[words.index("train_grpo.py") + 2 :] if "=" in word]
             config = load_config(GRPOConfig, "tiny.json", overrides)
             train_grpo.main(config)
             logged = json.loads(Path(config.output_dir, "metrics.jsonl").read_text())

@@ -84,8 +84,10 @@ def train(config, device, out):
         with torch.no_grad():
             values = {i: logps(model, i).flatten().tolist() for i in mine}
         distributed.reshard(model)
-        return [values for _, values in sorted({k: v for d in distributed.gather_objects(values) for k, v in d.items()}
-                                               .items())]
+        return [
+            values
+            for _, values in sorted({k: v for d in distributed.gather_objects(values) for k, v in d.items()}.items())
+        ]
 
     def generated():
         with torch.no_grad(), distributed.unsharded(policy):

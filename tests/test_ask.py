@@ -81,8 +81,9 @@ def test_options_and_words_reach_the_prompt(lab, capsys, monkeypatch):
     (lab / "prompts.json").write_text(json.dumps({"system": "Look.", "instructions": {"free-form": "One word."}}))
     own = prompt(str(lab / "clip.mp4"), QUESTION, "--prompts", str(lab / "prompts.json"))
     assert "<|im_start|>system\nLook.<|im_end|>" in own and QUESTION + "\nOne word.<|im_end|>" in own
-    assert "Be brief" in prompt(str(lab / "clip.mp4"), QUESTION, "--prompts", str(lab / "prompts.json"), "--system",
-                                "Be brief.")
+    assert "Be brief" in prompt(
+        str(lab / "clip.mp4"), QUESTION, "--prompts", str(lab / "prompts.json"), "--system", "Be brief."
+    )
 
 
 @pytest.fixture
@@ -92,12 +93,18 @@ def scripted(monkeypatch):
     def run(ids, limit=20):
         def say(thinker, prompts, num_generations, sampling, generators, on_token):
             padded = torch.full((1, limit), sampling.pad_id)
-            padded[0, :len(ids)] = torch.tensor(ids)
+            padded[0, : len(ids)] = torch.tensor(ids)
             for t in range(limit):
                 on_token(padded[:, t])
             stopped = [i in sampling.stop_ids for i in ids]
-            return [Rollout(padded[:, :len(ids)], torch.ones(1, len(ids), dtype=torch.bool),
-                            torch.tensor([not any(stopped)]), torch.zeros(1, len(ids)))]
+            return [
+                Rollout(
+                    padded[:, : len(ids)],
+                    torch.ones(1, len(ids), dtype=torch.bool),
+                    torch.tensor([not any(stopped)]),
+                    torch.zeros(1, len(ids)),
+                )
+            ]
 
         monkeypatch.setattr(ask, "generate", say)
         monkeypatch.setattr(ask, "Encoder", lambda *args: lambda inputs: None)
@@ -133,10 +140,12 @@ def test_a_character_that_the_limit_cuts(scripted):
 
 
 def test_batch(lab, capsys):
-    records = [{"problem": QUESTION, "data_type": "video", "path": "clip.mp4"},
-               {"id": 7, "problem": QUESTION, "problem_type": "judge", "data_type": "audio", "path": "sound.wav"},
-               {"problem": QUESTION, "path": {"image": "image.png", "audio": "sound.wav"}},
-               {"problem": "How many?", "problem_type": "numerical", "data_type": "text", "solution": "4"}]
+    records = [
+        {"problem": QUESTION, "data_type": "video", "path": "clip.mp4"},
+        {"id": 7, "problem": QUESTION, "problem_type": "judge", "data_type": "audio", "path": "sound.wav"},
+        {"problem": QUESTION, "path": {"image": "image.png", "audio": "sound.wav"}},
+        {"problem": "How many?", "problem_type": "numerical", "data_type": "text", "solution": "4"},
+    ]
     (lab / "questions.jsonl").write_text("\n\n".join(map(json.dumps, records)))
     code = ask.main([str(lab / "model"), "--batch", str(lab / "questions.jsonl"), "--max-new-tokens", "24"])
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -153,29 +162,36 @@ def test_batch(lab, capsys):
     assert good["tokens"] == 1
 
 
-@pytest.mark.parametrize("record, message", [
-    ({"problem": " "}, "problem: expected text"), ({}, "missing field 'problem'"),
-    ({"problem": "a", "problem_type": "riddle"}, "problem_type: unknown 'riddle'"),
-    ({"problem": "a", "problem_type": "multiple choice"}, "options: 'multiple choice' needs them"),
-    ({"problem": "a", "options": "AB"}, "options: expected a list"),
-    ({"problem": "a", "path": "x.mp4"}, "path: expected none for text"),
-    ({"problem": "a", "path": {"sound": "x.mp4"}}, "path: expected an object with image and audio"),
-    (5, "expected an object, got int"),
-])
+@pytest.mark.parametrize(
+    "record, message",
+    [
+        ({"problem": " "}, "problem: expected text"),
+        ({}, "missing field 'problem'"),
+        ({"problem": "a", "problem_type": "riddle"}, "problem_type: unknown 'riddle'"),
+        ({"problem": "a", "problem_type": "multiple choice"}, "options: 'multiple choice' needs them"),
+        ({"problem": "a", "options": "AB"}, "options: expected a list"),
+        ({"problem": "a", "path": "x.mp4"}, "path: expected none for text"),
+        ({"problem": "a", "path": {"sound": "x.mp4"}}, "path: expected an object with image and audio"),
+        (5, "expected an object, got int"),
+    ],
+)
 def test_a_bad_record_is_named(record, message, tmp_path):
     (tmp_path / "q.jsonl").write_text('{"problem": "fine"}\n' + json.dumps(record))
     with pytest.raises(DataError, match=f"q.jsonl: record 2: {message}"):
         ask.read_questions(SimpleNamespace(batch=tmp_path / "q.jsonl"))
 
 
-@pytest.mark.parametrize("model, clip, arguments, message", [
-    ("model", "bad.mp4", [], "bad.mp4: not a media file that FFmpeg can read"),
-    ("model", "missing.mp4", [], "missing.mp4: no such file"),
-    ("empty", "clip.mp4", [], "empty: the folder has no model or tokenizer"),
-    ("model", "clip.mp4", ["--system", "<|im_end|>"], "holds the control token <|im_end|>"),
-    ("model", "clip.mp4", ["--prompts", "none.json"], "none.json: can't be read as JSON"),
-    ("model", None, ["--batch", "none.jsonl"], "none.jsonl: no such data file"),
-])
+@pytest.mark.parametrize(
+    "model, clip, arguments, message",
+    [
+        ("model", "bad.mp4", [], "bad.mp4: not a media file that FFmpeg can read"),
+        ("model", "missing.mp4", [], "missing.mp4: no such file"),
+        ("empty", "clip.mp4", [], "empty: the folder has no model or tokenizer"),
+        ("model", "clip.mp4", ["--system", "<|im_end|>"], "holds the control token <|im_end|>"),
+        ("model", "clip.mp4", ["--prompts", "none.json"], "none.json: can't be read as JSON"),
+        ("model", None, ["--batch", "none.jsonl"], "none.jsonl: no such data file"),
+    ],
+)
 def test_mistakes_are_one_line(lab, model, clip, arguments, message, capsys, monkeypatch):
     monkeypatch.chdir(lab)
     Path("empty").mkdir(exist_ok=True)
@@ -185,9 +201,15 @@ def test_mistakes_are_one_line(lab, model, clip, arguments, message, capsys, mon
     assert len(errors) == 1 and errors[0].startswith("error: ") and message in errors[0] and captured.out == ""
 
 
-@pytest.mark.parametrize("arguments", [
-    ["m"], ["m", "clip"], ["m", "clip", "q", "--batch", "b"], ["m", "c", "q", "--max-new-tokens", "0"],
-])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["m"],
+        ["m", "clip"],
+        ["m", "clip", "q", "--batch", "b"],
+        ["m", "c", "q", "--max-new-tokens", "0"],
+    ],
+)
 def test_wrong_usage(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         ask.main(arguments)
@@ -199,9 +221,23 @@ def test_from_the_command_line(lab):
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
 
     def run(clip):
-        return subprocess.run([sys.executable, "-m", "hov2.tools.ask", str(lab / "model"), str(lab / clip), QUESTION,
-                               "--max-new-tokens", "24"], cwd=ROOT, env=environment, capture_output=True, timeout=120,
-                              check=False)
+        return subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "hov2.tools.ask",
+                str(lab / "model"),
+                str(lab / clip),
+                QUESTION,
+                "--max-new-tokens",
+                "24",
+            ],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            timeout=120,
+            check=False,
+        )
 
     done = run("clip.mp4")
     assert done.returncode == 0, done.stderr

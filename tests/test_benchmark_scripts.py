@@ -28,8 +28,24 @@ from hov2.model.thinker import Policy
 from hov2.model.versions import decoder_of
 from hov2.tools import plan
 
-TINY = ["--video-tokens", "128", "--audio-tokens", "10", "--text-tokens", "12", "--completion-tokens", "6",
-        "--generations", "3", "--layers", "2", "--hidden", "128", "--repeats", "1"]
+TINY = [
+    "--video-tokens",
+    "128",
+    "--audio-tokens",
+    "10",
+    "--text-tokens",
+    "12",
+    "--completion-tokens",
+    "6",
+    "--generations",
+    "3",
+    "--layers",
+    "2",
+    "--hidden",
+    "128",
+    "--repeats",
+    "1",
+]
 
 
 def tiny_job(*more):
@@ -86,8 +102,15 @@ def test_flops_of_a_step_by_hand():
     units = flops.Units(token=10, pair=1, head=100, towers=1000)
     found = flops.step_flops(units, prompt=3, tokens=2, generations=2, iterations=1)
     # prefill 3 tokens, 6 pairs; a row of 5 tokens, 15 pairs; the group 7 tokens, 6 + 2 * (2 * 3 + 3) pairs; 4 positions
-    assert found["hov2"] == {"towers": 1000, "prefill": 36, "decode": 2 * (10 + 3 + 1) + 4 * 100,
-                             "reference": 94 + 400, "old": 0, "forward": 494, "backward": 3 * 494}
+    assert found["hov2"] == {
+        "towers": 1000,
+        "prefill": 36,
+        "decode": 2 * (10 + 3 + 1) + 4 * 100,
+        "reference": 94 + 400,
+        "old": 0,
+        "forward": 494,
+        "backward": 3 * 494,
+    }
     assert found["batched"]["forward"] == 2 * (65 + 200) and found["released"]["forward"] == 2 * (65 + 500)
     assert found["released"]["towers"] == 2 * 3 * 1000 and found["released"]["backward"] == 2 * (3 * 65 + 2 * 500)
 
@@ -96,6 +119,7 @@ def test_flops_prints_the_7bs_table(capsys):
     flops.main([])
     out = capsys.readouterr().out
     assert out.startswith("P=3523, T=600, G=8") and "| total" in out
+
 
 def test_grpo_step_prints_its_table(capsys, tmp_path):
     file = tmp_path / "out.json"
@@ -120,8 +144,29 @@ def test_media_prints_its_table(capsys, tmp_path):
 
 
 def test_scaling_prints_its_table(capsys):
-    scaling.main(["--points", "2", "--video", "16", "--tokens", "4", "--generations", "2", "--vocab", "320",
-                  "--layers", "1", "--hidden", "64", "--repeats", "1", "--axes", "tokens", "vocab"])
+    scaling.main(
+        [
+            "--points",
+            "2",
+            "--video",
+            "16",
+            "--tokens",
+            "4",
+            "--generations",
+            "2",
+            "--vocab",
+            "320",
+            "--layers",
+            "1",
+            "--hidden",
+            "64",
+            "--repeats",
+            "1",
+            "--axes",
+            "tokens",
+            "vocab",
+        ]
+    )
     out = capsys.readouterr().out
     assert "| completion tokens" in out and "vocabulary: " in out
 

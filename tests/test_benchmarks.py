@@ -23,18 +23,49 @@ from hov2.evaluation.benchmarks import (
     strict_letter,
 )
 
-INTENT = {"problem": "Why does he laugh?", "problem_type": "multiple choice", "options": ["A.joy", "B.spite"],
-          "solution": "<answer>B</answer>", "answer": "B", "data_type": "video", "video": "a_trimmed-out.mp4",
-          "Type": "Why", "qid": "q1"}
-DAILY = {"Question": "What was heard?", "Choice": ["A. a bell", "B. a cat", "C. rain", "D. talk"], "Answer": "B",
-         "video_id": "Ec_lQ", "Type": "Event Sequence", "content_parent_category": "Lifestyle",
-         "content_fine_category": "Skin", "video_category": "Howto & Style", "video_duration": "30s"}
-TASK = {"task_domain": "Understanding", "task_type": "Spatial Relation", "question": "Where?",
-        "candidates": ["A. left", "B. right", "C. above", "D. below"], "answer": "B"}
-WORLD = {"dvOk": {"video_id": "dvOk", "video_duration": "60s", "duration": "1-2min", "domain": "Music",
-                  "sub_category": "Covers", "audio_class": ["Music", "Speech"], "video_caption": "A long text.",
-                  "task0": TASK, "task10": {**TASK, "answer": "D"},
-                  "task2": {**TASK, "candidates": TASK["candidates"][:3], "answer": "C"}}}
+INTENT = {
+    "problem": "Why does he laugh?",
+    "problem_type": "multiple choice",
+    "options": ["A.joy", "B.spite"],
+    "solution": "<answer>B</answer>",
+    "answer": "B",
+    "data_type": "video",
+    "video": "a_trimmed-out.mp4",
+    "Type": "Why",
+    "qid": "q1",
+}
+DAILY = {
+    "Question": "What was heard?",
+    "Choice": ["A. a bell", "B. a cat", "C. rain", "D. talk"],
+    "Answer": "B",
+    "video_id": "Ec_lQ",
+    "Type": "Event Sequence",
+    "content_parent_category": "Lifestyle",
+    "content_fine_category": "Skin",
+    "video_category": "Howto & Style",
+    "video_duration": "30s",
+}
+TASK = {
+    "task_domain": "Understanding",
+    "task_type": "Spatial Relation",
+    "question": "Where?",
+    "candidates": ["A. left", "B. right", "C. above", "D. below"],
+    "answer": "B",
+}
+WORLD = {
+    "dvOk": {
+        "video_id": "dvOk",
+        "video_duration": "60s",
+        "duration": "1-2min",
+        "domain": "Music",
+        "sub_category": "Covers",
+        "audio_class": ["Music", "Speech"],
+        "video_caption": "A long text.",
+        "task0": TASK,
+        "task10": {**TASK, "answer": "D"},
+        "task2": {**TASK, "candidates": TASK["candidates"][:3], "answer": "C"},
+    }
+}
 FILES = {"intentbench": "qa.json", "daily-omni": "qa.json", "worldsense": "worldsense_qa.json"}
 
 
@@ -49,9 +80,17 @@ def publish(folder, name, content, *clips):
 
 def record(accuracy, extra=(), problem="Is it?", problem_type="multiple choice", answer="B", **fields):
     """What evaluation.py says of an answered question."""
-    return {"id": "x", "problem": problem, "problem_type": problem_type, "solution": "<answer>B</answer>",
-            "completion": f"<answer>{answer}</answer>", "answer": answer, "accuracy": accuracy, "error": None,
-            "extra": dict(extra)} | fields
+    return {
+        "id": "x",
+        "problem": problem,
+        "problem_type": problem_type,
+        "solution": "<answer>B</answer>",
+        "completion": f"<answer>{answer}</answer>",
+        "answer": answer,
+        "accuracy": accuracy,
+        "error": None,
+        "extra": dict(extra),
+    } | fields
 
 
 # ---- reading ----
@@ -62,13 +101,21 @@ def test_intentbench(tmp_path):
     moved = {key: value for key, value in missing.items() if key != "video"} | {"path": "here.mp4"}
     emotion = {**INTENT, "problem_type": "emer_ov_mc", "solution": "<answer>A,B</answer>", "answer": "A,B"}
     judge = {**INTENT, "problem_type": "judge", "options": None, "solution": "<answer>No</answer>", "qid": 7}
-    folder = publish(tmp_path, "intentbench", [INTENT, missing, missing, moved, emotion, judge],
-                     "videos/a_trimmed-out.mp4", "here.mp4")
+    folder = publish(
+        tmp_path,
+        "intentbench",
+        [INTENT, missing, missing, moved, emotion, judge],
+        "videos/a_trimmed-out.mp4",
+        "here.mp4",
+    )
     samples = read_benchmark("intentbench", folder)
     assert [s.id for s in samples] == ["q1", "a_trimmed-out.mp4", "a_trimmed-out.mp4#3", "here.mp4", "q1#5", "7"]
     first = samples[0]
-    assert (first.problem, first.options, first.solution) == (INTENT["problem"], ("A.joy", "B.spite"),
-                                                              "<answer>B</answer>")
+    assert (first.problem, first.options, first.solution) == (
+        INTENT["problem"],
+        ("A.joy", "B.spite"),
+        "<answer>B</answer>",
+    )
     assert first.extra == {"answer": "B", "Type": "Why", "qid": "q1"} and first.source == str(tmp_path / "qa.json")
     assert first.paths == {"video": str(tmp_path / "videos/a_trimmed-out.mp4")} and first.data_type == "video"
     assert samples[1].solution == "<answer>B</answer>" and samples[3].paths == {"video": str(tmp_path / "here.mp4")}
@@ -78,8 +125,9 @@ def test_intentbench(tmp_path):
 def test_daily_omni(tmp_path):
     bare = {key: value for key, value in DAILY.items() if not key.startswith("content")} | {"Explaination": "so"}
     content = [DAILY, bare, {**DAILY, "video_id": "other"}]
-    samples = read_benchmark("daily-omni", publish(tmp_path, "daily-omni", content, "Videos/Ec_lQ/Ec_lQ_video.mp4",
-                                                   "other/other_video.mp4"))
+    samples = read_benchmark(
+        "daily-omni", publish(tmp_path, "daily-omni", content, "Videos/Ec_lQ/Ec_lQ_video.mp4", "other/other_video.mp4")
+    )
     assert [s.id for s in samples] == ["Ec_lQ::1", "Ec_lQ::2", "other::3"]
     assert samples[0].paths == {"video": str(tmp_path / "Videos/Ec_lQ/Ec_lQ_video.mp4")}
     assert samples[2].paths == {"video": str(tmp_path / "other/other_video.mp4")}  # an unpacked layout without Videos/
@@ -95,8 +143,15 @@ def test_worldsense(tmp_path):
     assert samples[0].paths == {"video": str(tmp_path / "videos/dvOk.mp4")}  # not there: where it should be
     assert samples[1].solution == "<answer>C</answer>"
     assert samples[0].extra == {
-        "video_id": "dvOk", "video_duration": "60s", "duration": "1-2min", "domain": "Music", "sub_category": "Covers",
-        "audio_class": ["Music", "Speech"], "task_domain": "Understanding", "task_type": "Spatial Relation"}
+        "video_id": "dvOk",
+        "video_duration": "60s",
+        "duration": "1-2min",
+        "domain": "Music",
+        "sub_category": "Covers",
+        "audio_class": ["Music", "Speech"],
+        "task_domain": "Understanding",
+        "task_type": "Spatial Relation",
+    }
 
 
 def test_options_get_letters_where_they_have_none(tmp_path):
@@ -105,28 +160,42 @@ def test_options_get_letters_where_they_have_none(tmp_path):
     assert sample.options == ("A. a bell", "B. a cat", "(C) rain", "D:talk")
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("intentbench", "[", "not valid JSON"),
-    ("intentbench", {"a": INTENT}, "expected a list of records"),
-    ("intentbench", [], "expected a list of records, not empty"),
-    ("intentbench", [INTENT, 5], "record 2: expected an object, got int"),
-    ("intentbench", [{**INTENT, "video": ""}], "record 1: video: expected text, got ''"),
-    ("intentbench", [{**INTENT, "problem": " "}], "record 1: problem: expected text"),
-    ("intentbench", [{**INTENT, "problem_type": "essay"}], "record 1: problem_type: unknown 'essay'"),
-    ("intentbench", [{**INTENT, "solution": "<answer></answer>"}], "record 1: solution: "),
-    ("intentbench", [{**INTENT, "solution": "", "answer": None}], "record 1: answer: expected text, got None"),
-    ("intentbench", [{**INTENT, "options": "A. x"}], "record 1: options: expected a list of texts or null, got 'A. x'"),
-    ("intentbench", [{**INTENT, "options": None}], "record 1: solution: '<answer>B</answer>' is none of the 0 in"),
-    ("intentbench", [{**INTENT, "problem": "<|VIDEO|>?"}], "record 1: problem: <|VIDEO|> has the form of a special"),
-    ("daily-omni", [DAILY, {**DAILY, "video_id": None}], "record 2: video_id: expected text, got None"),
-    ("daily-omni", [{"video_id": "x"}], "record 1: missing field 'Question'"),
-    ("daily-omni", [{**DAILY, "Answer": "?"}], "record 1: Answer: "),
-    ("worldsense", [WORLD], "expected an object of videos"),
-    ("worldsense", {"v": 3}, "video v: expected an object, got int"),
-    ("worldsense", {"v": {"domain": "Music"}}, "video v: missing field 'task0'"),
-    ("worldsense", {"v": {"task0": TASK, "task1": {**TASK, "candidates": ["A. a", "B. b", "C. c"], "answer": "D"}}},
-     "video v: task1: answer: 'D' is none of the 3 in 'candidates'"),
-])
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("intentbench", "[", "not valid JSON"),
+        ("intentbench", {"a": INTENT}, "expected a list of records"),
+        ("intentbench", [], "expected a list of records, not empty"),
+        ("intentbench", [INTENT, 5], "record 2: expected an object, got int"),
+        ("intentbench", [{**INTENT, "video": ""}], "record 1: video: expected text, got ''"),
+        ("intentbench", [{**INTENT, "problem": " "}], "record 1: problem: expected text"),
+        ("intentbench", [{**INTENT, "problem_type": "essay"}], "record 1: problem_type: unknown 'essay'"),
+        ("intentbench", [{**INTENT, "solution": "<answer></answer>"}], "record 1: solution: "),
+        ("intentbench", [{**INTENT, "solution": "", "answer": None}], "record 1: answer: expected text, got None"),
+        (
+            "intentbench",
+            [{**INTENT, "options": "A. x"}],
+            "record 1: options: expected a list of texts or null, got 'A. x'",
+        ),
+        ("intentbench", [{**INTENT, "options": None}], "record 1: solution: '<answer>B</answer>' is none of the 0 in"),
+        (
+            "intentbench",
+            [{**INTENT, "problem": "<|VIDEO|>?"}],
+            "record 1: problem: <|VIDEO|> has the form of a special",
+        ),
+        ("daily-omni", [DAILY, {**DAILY, "video_id": None}], "record 2: video_id: expected text, got None"),
+        ("daily-omni", [{"video_id": "x"}], "record 1: missing field 'Question'"),
+        ("daily-omni", [{**DAILY, "Answer": "?"}], "record 1: Answer: "),
+        ("worldsense", [WORLD], "expected an object of videos"),
+        ("worldsense", {"v": 3}, "video v: expected an object, got int"),
+        ("worldsense", {"v": {"domain": "Music"}}, "video v: missing field 'task0'"),
+        (
+            "worldsense",
+            {"v": {"task0": TASK, "task1": {**TASK, "candidates": ["A. a", "B. b", "C. c"], "answer": "D"}}},
+            "video v: task1: answer: 'D' is none of the 3 in 'candidates'",
+        ),
+    ],
+)
 def test_bad_files_are_one_error(tmp_path, name, content, message):
     publish(tmp_path, name, content)
     with pytest.raises(DataError) as error:
@@ -144,28 +213,37 @@ def test_unknown_benchmark_and_missing_file(tmp_path):
 # ---- columns ----
 
 
-@pytest.mark.parametrize("fields, column, rule", [
-    ({"extra": {"Type": "Why"}, "problem": "How?"}, "Why", "Type"),
-    ({"extra": {"Type": " who/which "}}, "Who/Which", "Type"),
-    ({"extra": {"Type": "Which"}}, "Who/Which", "Type"),
-    ({"extra": {"Type": "others"}}, "Other", "Type"),
-    ({"extra": {"Type": "deception"}, "problem_type": "judge"}, "Deception", "Type"),
-    ({"problem_type": "judge"}, "Deception", "problem type"),
-    ({"problem_type": "emer_ov_mc", "problem": "What does she feel?"}, "Emotion", "problem type"),
-    ({"extra": {"Type": "long video"}, "problem": "In the clip, what's that?"}, "What", "question word"),
-    ({"extra": {"Type": None}, "problem": "Who says why?"}, "Who/Which", "question word"),
-    ({"problem": "Whose hat is it?"}, "Who/Which", "question word"),
-    ({"problem": "WHEN does he stop?"}, "When", "question word"),
-    ({"problem": "Where is the showman?"}, "Other", "question word"),
-    ({"problem": "Does the somewhat tired man agree?"}, "Other", "question word"),
-])
+@pytest.mark.parametrize(
+    "fields, column, rule",
+    [
+        ({"extra": {"Type": "Why"}, "problem": "How?"}, "Why", "Type"),
+        ({"extra": {"Type": " who/which "}}, "Who/Which", "Type"),
+        ({"extra": {"Type": "Which"}}, "Who/Which", "Type"),
+        ({"extra": {"Type": "others"}}, "Other", "Type"),
+        ({"extra": {"Type": "deception"}, "problem_type": "judge"}, "Deception", "Type"),
+        ({"problem_type": "judge"}, "Deception", "problem type"),
+        ({"problem_type": "emer_ov_mc", "problem": "What does she feel?"}, "Emotion", "problem type"),
+        ({"extra": {"Type": "long video"}, "problem": "In the clip, what's that?"}, "What", "question word"),
+        ({"extra": {"Type": None}, "problem": "Who says why?"}, "Who/Which", "question word"),
+        ({"problem": "Whose hat is it?"}, "Who/Which", "question word"),
+        ({"problem": "WHEN does he stop?"}, "When", "question word"),
+        ({"problem": "Where is the showman?"}, "Other", "question word"),
+        ({"problem": "Does the somewhat tired man agree?"}, "Other", "question word"),
+    ],
+)
 def test_intentbench_goes_by_type_then_problem_type_then_question_word(fields, column, rule):
     assert benchmarks.intent_column(record(1, **fields)) == (column, rule)
 
 
 def test_intentbench_columns():
-    records = [record(1, {"Type": "Why"}), record(0, {"Type": "Why"}), record(0.5, problem_type="emer_ov_mc"),
-               record(1, problem_type="judge"), record(1, problem="How so?"), record(None, {"Type": "Why"})]
+    records = [
+        record(1, {"Type": "Why"}),
+        record(0, {"Type": "Why"}),
+        record(0.5, problem_type="emer_ov_mc"),
+        record(1, problem_type="judge"),
+        record(1, problem="How so?"),
+        record(None, {"Type": "Why"}),
+    ]
     paper = columns("intentbench", records)["paper"]
     assert list(paper) == ["Why", "How", "What", "When", "Who/Which", "Other", "Emotion", "Deception", "Avg"]
     assert paper["Why"] == (0.5, 2) and paper["Emotion"] == (0.5, 1) and paper["What"] == (None, 0)
@@ -175,10 +253,12 @@ def test_intentbench_columns():
 
 
 def test_daily_omni_columns():
-    records = [record(1, {"Type": "Context Understanding", "video_duration": "30s", "video_category": "Comedy"}),
-               record(0, {"Type": "Context understanding", "video_duration": "60s", "video_category": "Comedy"}),
-               record(0, {"Type": "Comparative", "video_duration": "60s", "video_category": "Autos"}),
-               record(1, {"Type": "A new type"})]
+    records = [
+        record(1, {"Type": "Context Understanding", "video_duration": "30s", "video_category": "Comedy"}),
+        record(0, {"Type": "Context understanding", "video_duration": "60s", "video_category": "Comedy"}),
+        record(0, {"Type": "Comparative", "video_duration": "60s", "video_category": "Autos"}),
+        record(1, {"Type": "A new type"}),
+    ]
     tables = columns("daily-omni", records)
     assert tables["paper"]["Ctx"] == (0.5, 2) and tables["paper"]["Comp"] == (0, 1)
     assert tables["paper"]["30s"] == (1, 1) and tables["paper"]["60s"] == (0, 2) and tables["paper"]["Avg"] == (0.5, 4)
@@ -192,16 +272,24 @@ def test_daily_omni_columns():
 
 def test_worldsense_columns_and_audio_classes_of_several_labels():
     music = {"domain": "Music", "task_domain": "Reasoning", "task_type": "Causal", "duration": "<1min"}
-    records = [record(1, music | {"audio_class": ["Speech", "Music"]}), record(0, music | {"audio_class": ["Music"]}),
-               record(1, {"domain": "Tech and science", "duration": ">8min", "audio_class": "event"}),
-               record(0, {"audio_class": ["Music", "Music"]}), record(1, {"audio_class": []})]
+    records = [
+        record(1, music | {"audio_class": ["Speech", "Music"]}),
+        record(0, music | {"audio_class": ["Music"]}),
+        record(1, {"domain": "Tech and science", "duration": ">8min", "audio_class": "event"}),
+        record(0, {"audio_class": ["Music", "Music"]}),
+        record(1, {"audio_class": []}),
+    ]
     tables = columns("worldsense", records)
     assert list(tables) == ["paper", "domain", "task domain", "task type", "duration", "audio class", "letters"]
     assert list(tables["paper"]) == ["Tech", "Cult", "Daily", "Film", "Perf", "Games", "Sports", "Music", "Avg"]
     assert tables["paper"]["Music"] == (0.5, 2) and tables["paper"]["Tech"] == (1, 1)
     assert tables["paper"]["Avg"] == (0.6, 5)
-    assert tables["audio class"] == {"Speech": (1, 1), "Event": (1, 1), "Music": (pytest.approx(1 / 3), 3),
-                                     "(not given)": (1, 1)}
+    assert tables["audio class"] == {
+        "Speech": (1, 1),
+        "Event": (1, 1),
+        "Music": (pytest.approx(1 / 3), 3),
+        "(not given)": (1, 1),
+    }
     assert tables["duration"]["<1min"] == (0.5, 2) and tables["duration"][">8min"] == (1, 1)
     assert tables["task domain"]["Reasoning"] == (0.5, 2) and tables["task domain"]["Recognition"] == (None, 0)
     assert tables["task type"] == {"Causal": (0.5, 2), "(not given)": (pytest.approx(2 / 3), 3)}
@@ -214,13 +302,21 @@ def published_records(name, row):
     return about["rows"][row][-1], [
         record(value / 100, {fields[table]: label})
         for (table, label, count), value in zip(about["columns"].values(), about["rows"][row])
-        if table in fields for _ in range(count)]
+        if table in fields
+        for _ in range(count)
+    ]
 
 
-@pytest.mark.parametrize("name, row", [
-    ("intentbench", "HumanOmniV2"), ("intentbench", "  SFT only"), ("intentbench", "Qwen2.5-Omni 7B"),
-    ("daily-omni", "HumanOmniV2"), ("daily-omni", "Qwen2.5-Omni 7B"),
-])
+@pytest.mark.parametrize(
+    "name, row",
+    [
+        ("intentbench", "HumanOmniV2"),
+        ("intentbench", "  SFT only"),
+        ("intentbench", "Qwen2.5-Omni 7B"),
+        ("daily-omni", "HumanOmniV2"),
+        ("daily-omni", "Qwen2.5-Omni 7B"),
+    ],
+)
 def test_published_columns_and_counts_give_the_published_average(name, row):
     average, records = published_records(name, row)
     assert len(records) == PUBLISHED[name]["questions"] and not partial(name, records)
@@ -239,9 +335,15 @@ def test_published_averages_of_the_two_benchmarks():
     assert counts["daily-omni"][6:] == [647, 550] and set(counts["worldsense"]) == {None}
 
 
-@pytest.mark.parametrize("row, official", [("Qwen2.5-Omni 7B", (46.68, 48.36)), ("Qwen2.5-Omni 3B", (42.35, 38.36)),
-                                           ("Gemini 2.0 Flash", (67.23, 68.55)),
-                                           ("Gemini 2.0 Flash Lite", (62.44, 60.00))])
+@pytest.mark.parametrize(
+    "row, official",
+    [
+        ("Qwen2.5-Omni 7B", (46.68, 48.36)),
+        ("Qwen2.5-Omni 3B", (42.35, 38.36)),
+        ("Gemini 2.0 Flash", (67.23, 68.55)),
+        ("Gemini 2.0 Flash Lite", (62.44, 60.00)),
+    ],
+)
 def test_the_official_durations_fit_the_average_where_the_paper_s_do_not(row, official):
     *_, short, long, average = PUBLISHED["daily-omni"]["rows"][row]
     assert (647 * official[0] + 550 * official[1]) / 1197 == pytest.approx(average, abs=0.02)
@@ -253,8 +355,9 @@ def test_the_official_durations_fit_the_average_where_the_paper_s_do_not(row, of
 
 def test_partial_sets_are_said():
     few = [record(1, {"Type": "Reasoning"})] * 5 + [record(None, error="no such file", completion=None, answer=None)]
-    assert partial("daily-omni", few) == ("Daily-Omni has 1,197 published questions; this score is over 5, 1 more have "
-                                          "none")
+    assert partial("daily-omni", few) == (
+        "Daily-Omni has 1,197 published questions; this score is over 5, 1 more have none"
+    )
     text = render("daily-omni", few)
     assert text.startswith("WARNING: Daily-Omni has 1,197") and "\nthis run (partial) " in text
     _, full = published_records("daily-omni", "HumanOmniV2")
@@ -284,25 +387,44 @@ def test_report():
 # ---- letters ----
 
 
-@pytest.mark.parametrize("text, strict, lenient", [
-    ("B", "B", "B"), (" b. words", "B", None), ("C. a cat", "C", "C"), ("(B)", None, "B"), ("", None, None),
-    ("The answer is B", None, "B"), ("The best answer is: D.", None, "D"), ("Answer: C", "A", "C"), ("a", "A", None),
-    ("Best answer: C", "B", "C"), ("The correct option is C", None, "C"), ("I think it is D", None, "D"),
-    ("system\nYou\nassistant\nD", "D", "D"), ("none of them fits what one can see and hear here", None, None),
-])
+@pytest.mark.parametrize(
+    "text, strict, lenient",
+    [
+        ("B", "B", "B"),
+        (" b. words", "B", None),
+        ("C. a cat", "C", "C"),
+        ("(B)", None, "B"),
+        ("", None, None),
+        ("The answer is B", None, "B"),
+        ("The best answer is: D.", None, "D"),
+        ("Answer: C", "A", "C"),
+        ("a", "A", None),
+        ("Best answer: C", "B", "C"),
+        ("The correct option is C", None, "C"),
+        ("I think it is D", None, "D"),
+        ("system\nYou\nassistant\nD", "D", "D"),
+        ("none of them fits what one can see and hear here", None, None),
+    ],
+)
 def test_letters_by_the_official_rules(text, strict, lenient):
     assert (strict_letter(text), lenient_letter(text)) == (strict, lenient)
 
 
 def test_both_letter_scores_are_over_the_multiple_choice_questions():
-    records = [record(1, answer="B"), record(1, answer="(B)"), record(0, answer="C"), record(1, answer="No",
-               problem_type="judge"), record(None, answer=None, completion=None, error="no file"),
-               record(1, answer=None, completion="B it is"),
-               record(0.5, samples=[{"answer": "b", "completion": ""}, {"answer": "D", "completion": ""}])]
+    records = [
+        record(1, answer="B"),
+        record(1, answer="(B)"),
+        record(0, answer="C"),
+        record(1, answer="No", problem_type="judge"),
+        record(None, answer=None, completion=None, error="no file"),
+        record(1, answer=None, completion="B it is"),
+        record(0.5, samples=[{"answer": "b", "completion": ""}, {"answer": "D", "completion": ""}]),
+    ]
     letters = columns("intentbench", records)["letters"]
     assert letters == {"strict": (0.5, 5), "lenient": (0.6, 5)}
     assert render("intentbench", records).endswith(
-        "5 multiple choice questions: strict (Daily-Omni's) 50.00, lenient (WorldSense's) 60.00")
+        "5 multiple choice questions: strict (Daily-Omni's) 50.00, lenient (WorldSense's) 60.00"
+    )
 
 
 # ---- the toy's ----
@@ -319,7 +441,10 @@ def test_the_toy_writes_itself_out_in_the_published_layouts(world):
     questions = {r["id"]: r for r in json.loads((world / "eval.json").read_text())}
     samples = {name: read_benchmark(name, world / name) for name in PUBLISHED}
     assert {name: len(found) for name, found in samples.items()} == {
-        "intentbench": 120, "daily-omni": 32, "worldsense": 32 + 24}  # webm clips only in IntentBench
+        "intentbench": 120,
+        "daily-omni": 32,
+        "worldsense": 32 + 24,
+    }  # webm clips only in IntentBench
     for sample in samples["intentbench"]:
         original = questions[sample.id]
         assert (sample.problem, sample.problem_type) == (original["problem"], original["problem_type"])
@@ -334,8 +459,10 @@ def test_the_toy_writes_itself_out_in_the_published_layouts(world):
 
 def test_the_toy_fills_the_paper_s_columns(world):
     for name in PUBLISHED:
-        records = [record(1, s.extra, s.problem, s.problem_type, solution=s.solution)
-                   for s in read_benchmark(name, world / name)]
+        records = [
+            record(1, s.extra, s.problem, s.problem_type, solution=s.solution)
+            for s in read_benchmark(name, world / name)
+        ]
         assert all(count for _, count in columns(name, records)["paper"].values()), name
 
 

@@ -39,11 +39,19 @@ class Lab:
         `number`th such moment of this launch. Returns whether it ended by itself, without an error."""
         phases, log = self.folder / f"{name}.phases", self.folder / f"{name}.log"
         phases.write_text("")
-        command = [*torchrun(), str(ROOT / "tests" / "chaos_run.py"), self.config, f"output_dir={self.folder / name}",
-                   "resume=auto", *self.overrides, *overrides]
+        command = [
+            *torchrun(),
+            str(ROOT / "tests" / "chaos_run.py"),
+            self.config,
+            f"output_dir={self.folder / name}",
+            "resume=auto",
+            *self.overrides,
+            *overrides,
+        ]
         with log.open("a") as output:
-            process = subprocess.Popen(command, cwd=ROOT, env=environment(HOV2_PHASES=str(phases)), stdout=output,
-                                       stderr=subprocess.STDOUT)
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment(HOV2_PHASES=str(phases)), stdout=output, stderr=subprocess.STDOUT
+            )
         try:
             if kill and self.reaches(process, name, phases, *kill[:2]):
                 time.sleep(kill[2])
@@ -71,10 +79,13 @@ class Lab:
     def outcome(self, name):
         """What has to be the same, bit by bit: the metrics without what the clock decides, every token, all weights."""
         lines = [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]
-        metrics = [{key: value for key, value in line.items() if not key.startswith("time/") and key != "judge/latency"}
-                   for line in lines]
-        return metrics, *((self.folder / name / file).read_bytes() for file in ("rollouts.jsonl",
-                                                                               "model/model.safetensors"))
+        metrics = [
+            {key: value for key, value in line.items() if not key.startswith("time/") and key != "judge/latency"}
+            for line in lines
+        ]
+        return metrics, *(
+            (self.folder / name / file).read_bytes() for file in ("rollouts.jsonl", "model/model.safetensors")
+        )
 
 
 def torchrun():
@@ -116,11 +127,24 @@ def tiny(tmp_path_factory):
     tiny_thinker().save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
     write_data(folder)
-    config = {"model": str(folder / "model"), "data": [{"path": str(folder / "data.jsonl")}], "output_dir": "",
-              "max_steps": 3, "num_train_epochs": 2, "learning_rate": 1e-4, "media": {"fps": 4, "max_frames": 4},
-              "prompts_per_step": 4, "num_generations": 4, "num_iterations": 2, "max_completion_length": 10, "top_k": 0,
-              "reward_weights": {"format": 1.0, "accuracy": 1.0, "context": 1.0}, "judge": {"url": "http://stand-in"},
-              "save_steps": 1, "keep_last": 2}
+    config = {
+        "model": str(folder / "model"),
+        "data": [{"path": str(folder / "data.jsonl")}],
+        "output_dir": "",
+        "max_steps": 3,
+        "num_train_epochs": 2,
+        "learning_rate": 1e-4,
+        "media": {"fps": 4, "max_frames": 4},
+        "prompts_per_step": 4,
+        "num_generations": 4,
+        "num_iterations": 2,
+        "max_completion_length": 10,
+        "top_k": 0,
+        "reward_weights": {"format": 1.0, "accuracy": 1.0, "context": 1.0},
+        "judge": {"url": "http://stand-in"},
+        "save_steps": 1,
+        "keep_last": 2,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     lab = Lab(folder, str(folder / "config.json"))
     assert lab.launch("whole")
@@ -147,13 +171,29 @@ def toy_lab(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy")
     world = folder / "world"
     toy.build_world(world, train_clips=64, rl_clips=48, eval_clips=16, sft_samples=60 * 32)
-    command = [*torchrun(), "train_sft.py", "configs/toy/stage1.json", f"model={world / 'model'}", "max_steps=60",
-               f"data={json.dumps([{'path': str(world / 'train_sft.json')}])}", f"output_dir={folder / 'stage1'}"]
+    command = [
+        *torchrun(),
+        "train_sft.py",
+        "configs/toy/stage1.json",
+        f"model={world / 'model'}",
+        "max_steps=60",
+        f"data={json.dumps([{'path': str(world / 'train_sft.json')}])}",
+        f"output_dir={folder / 'stage1'}",
+    ]
     subprocess.run(command, cwd=ROOT, env=environment(), check=True)
     with toy.RuleJudge() as judge:
         rl = json.dumps([{"path": str(world / "train_rl.json"), "slice": "first:50%"}])
-        lab = Lab(folder, "configs/toy/stage2.json", (f"model={folder / 'stage1' / 'model'}", f"data={rl}",
-                                                      f"judge.url={judge.url}", "max_steps=12", "keep_last=2"))
+        lab = Lab(
+            folder,
+            "configs/toy/stage2.json",
+            (
+                f"model={folder / 'stage1' / 'model'}",
+                f"data={rl}",
+                f"judge.url={judge.url}",
+                "max_steps=12",
+                "keep_last=2",
+            ),
+        )
         assert lab.launch("whole")
         yield lab
 
@@ -183,8 +223,12 @@ def test_twenty_runs_of_the_toys_second_stage(toy_lab, capsys):
         equal = toy_lab.outcome(name) == whole
         same += equal
         with capsys.disabled():
-            print(f"\nrun {number}: save_steps {save_steps}, killed at {', '.join(said)}: "
-                  f"{'identical' if equal else 'DIFFERENT'}", end="", flush=True)
+            print(
+                f"\nrun {number}: save_steps {save_steps}, killed at {', '.join(said)}: "
+                f"{'identical' if equal else 'DIFFERENT'}",
+                end="",
+                flush=True,
+            )
     with capsys.disabled():
         print(f"\n{same} of 20 identical; killed {killed}", flush=True)
     assert same == 20 and min(killed[moment] for moment in MOMENTS) >= 3

@@ -28,7 +28,7 @@ def clips(tmp_path_factory):
     synth_clip(folder / "silent.mp4", sound=False)
     synth_clip(folder / "still.png")
     whole = Path(synth_clip(folder / "long.webm", seconds=8)).read_bytes()
-    (folder / "cut.webm").write_bytes(whole[:len(whole) // 2])
+    (folder / "cut.webm").write_bytes(whole[: len(whole) // 2])
     (folder / "broken.mp4").write_bytes(b"no film at all" * 100)
     tiny_tokenizer().save_pretrained(folder / "model")
     return folder
@@ -36,15 +36,28 @@ def clips(tmp_path_factory):
 
 def record(path, **fields):
     kind = "image" if str(path).endswith("png") else "video"
-    return {"problem": "What does she intend?", "problem_type": "multiple choice", "options": ["A. joke", "B. threat"],
-            "solution": FULL, "data_type": kind, "path": str(path), **fields}
+    return {
+        "problem": "What does she intend?",
+        "problem_type": "multiple choice",
+        "options": ["A. joke", "B. threat"],
+        "solution": FULL,
+        "data_type": kind,
+        "path": str(path),
+        **fields,
+    }
 
 
 def config(folder, name, records, **values):
     """Writes `name`.json with one data file beside it; returns its path."""
     (folder / f"{name}_data.json").write_text(json.dumps(records))
-    values = {"model": str(folder / "model"), "output_dir": str(folder / name), "samples_per_step": 4,
-              "data": [{"path": str(folder / f"{name}_data.json")}], "media": {"max_pixels": 56 * 56}, **values}
+    values = {
+        "model": str(folder / "model"),
+        "output_dir": str(folder / name),
+        "samples_per_step": 4,
+        "data": [{"path": str(folder / f"{name}_data.json")}],
+        "media": {"max_pixels": 56 * 56},
+        **values,
+    }
     (folder / f"{name}.json").write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
     return str(folder / f"{name}.json")
 
@@ -67,8 +80,12 @@ def row(samples, **cells):
 
 
 def test_nothing_wrong(tmp_path, clips, capsys):
-    records = [record(clips / "sound.mp4"), record(clips / "silent.mp4"), record(clips / "sound.mp4"),
-               record(clips / "still.png", problem_type="judge", solution=FULL.replace("A<", "yes<"))]
+    records = [
+        record(clips / "sound.mp4"),
+        record(clips / "silent.mp4"),
+        record(clips / "sound.mp4"),
+        record(clips / "still.png", problem_type="judge", solution=FULL.replace("A<", "yes<")),
+    ]
     path = config(tmp_path, "sft", records, model=str(clips / "model"), max_prompt_length=2000)
     code, text, rows = run(capsys, path)
     assert code == 0 and rows == {"sft_data.json": row(4)} and "problems: 0" in text
@@ -78,9 +95,16 @@ def test_nothing_wrong(tmp_path, clips, capsys):
 def test_every_problem_is_found_and_listed(tmp_path, clips, capsys):
     short = record(clips / "sound.mp4", solution="<answer>A</answer>")
     wordy = record(clips / "sound.mp4", problem="Why? " * 900)
-    records = [record(clips / "sound.mp4"), record("gone.mp4"), record(clips / "broken.mp4"),
-               record(clips / "cut.webm"), record(clips / "silent.mp4", data_type="image"), short, wordy,
-               record(clips / "sound.mp4", problem_type="essay")]
+    records = [
+        record(clips / "sound.mp4"),
+        record("gone.mp4"),
+        record(clips / "broken.mp4"),
+        record(clips / "cut.webm"),
+        record(clips / "silent.mp4", data_type="image"),
+        short,
+        wordy,
+        record(clips / "sound.mp4", problem_type="essay"),
+    ]
     path = config(tmp_path, "sft", records, model=str(clips / "model"), max_prompt_length=2000)
     bad = tmp_path / "bad.jsonl"
     with pytest.warns(UserWarning, match="cut.webm"):  # used as far as it goes
@@ -89,8 +113,18 @@ def test_every_problem_is_found_and_listed(tmp_path, clips, capsys):
     assert rows == {"sft_data.json": row(7, bad_record=1, missing=1, unreadable=2, too_long=1, no_3_blocks=1)}
     listed = [json.loads(line) for line in bad.read_text().split("\n") if line]
     assert [(entry["problem"], entry["id"]) for entry in listed] == [
-        ("bad record", None), *((kind, f"sft_data.json:{number}") for kind, number in (
-            ("missing", 2), ("unreadable", 3), ("unreadable", 5), ("no 3 blocks", 6), ("too long", 7)))]
+        ("bad record", None),
+        *(
+            (kind, f"sft_data.json:{number}")
+            for kind, number in (
+                ("missing", 2),
+                ("unreadable", 3),
+                ("unreadable", 5),
+                ("no 3 blocks", 6),
+                ("too long", 7),
+            )
+        ),
+    ]
     assert all(entry["config"] == path and entry["source"].endswith("sft_data.json all") for entry in listed)
     assert listed[0]["reason"].endswith("emer_ov") and "record 8: problem_type: unknown 'essay'" in listed[0]["reason"]
     assert listed[1]["reason"] == f"{tmp_path}/gone.mp4: no such file"
@@ -105,8 +139,11 @@ def test_what_is_not_looked_at_is_not_counted(tmp_path, clips, capsys):
     assert code == 1 and rows["sft_data.json"] == row(4, missing=1, unreadable="-", too_long="-")
     code, _, rows = run(capsys, path, "--media", "probe")
     assert code == 1 and rows["sft_data.json"] == row(4, missing=1, unreadable=1, too_long="-")
-    records = [record(clips / "sound.mp4", data_type="audio"), record(clips / "silent.mp4", data_type="audio"),
-               record(clips / "cut.webm")]
+    records = [
+        record(clips / "sound.mp4", data_type="audio"),
+        record(clips / "silent.mp4", data_type="audio"),
+        record(clips / "cut.webm"),
+    ]
     code, text, _ = run(capsys, config(tmp_path, "two", records), "--media", "probe")
     assert code == 1 and "silent.mp4: expected audio, found none" in text and "problems: 1" in text
     path = config(tmp_path, "one", [record(clips / "broken.mp4")])  # no limit of the prompt: no tokenizer is needed
@@ -138,8 +175,12 @@ def test_bad_records_inside_and_outside_the_slice(tmp_path, clips, capsys):
     for skip, code, count in (("error", 1, 1), ("skip", 0, 0)):
         data = json.dumps([entry | {"on_bad_record": skip}])
         assert run(capsys, path, f"data={data}")[::2] == (code, {"sft_data.json": row(1, bad_record=count)})
-    for change, message in (({"slice": "first:10%"}, "leaves none"), ({"path": "none.json"}, "no such data file"),
-                            ({"format": "x"}, "unknown format 'x'"), ({"slice": "half"}, "slice 'half'")):
+    for change, message in (
+        ({"slice": "first:10%"}, "leaves none"),
+        ({"path": "none.json"}, "no such data file"),
+        ({"format": "x"}, "unknown format 'x'"),
+        ({"slice": "half"}, "slice 'half'"),
+    ):
         code, text, rows = run(capsys, path, "data=" + json.dumps([entry | change, entry | {"on_bad_record": "skip"}]))
         assert code == 1 and message in text and rows["sft_data.json"] == row(1)  # the other entry is still looked at
 
@@ -148,9 +189,12 @@ def test_bad_records_inside_and_outside_the_slice(tmp_path, clips, capsys):
 
 
 def shares(text):
-    return {(Path(one).stem, Path(other).stem): (int(names), contents or None)
-            for one, other, names, contents in re.findall(
-                r"^(\S+) and (\S+) share clips\n  (\d+) by name:.*\n(?:  (\d+) by content:)?", text, re.MULTILINE)}
+    return {
+        (Path(one).stem, Path(other).stem): (int(names), contents or None)
+        for one, other, names, contents in re.findall(
+            r"^(\S+) and (\S+) share clips\n  (\d+) by name:.*\n(?:  (\d+) by content:)?", text, re.MULTILINE
+        )
+    }
 
 
 def test_clips_shared_by_name_and_by_content(tmp_path, clips, capsys):
@@ -162,8 +206,9 @@ def test_clips_shared_by_name_and_by_content(tmp_path, clips, capsys):
     shutil.copy(clips / "still.png", tmp_path / "bench/b.png")
     one = config(tmp_path, "one", [record("train/a.mp4"), record("train/b.mp4")])
     two = config(tmp_path, "two", [record("train/b.mp4")], samples_per_step=None, num_generations=2)
-    bench = config(tmp_path, "bench", [record("bench/renamed.mp4"), record("bench/b.png")], samples_per_step=None,
-                   max_new_tokens=8)
+    bench = config(
+        tmp_path, "bench", [record("bench/renamed.mp4"), record("bench/b.png")], samples_per_step=None, max_new_tokens=8
+    )
     code, text, rows = run(capsys, one, two, bench)
     assert shares(text) == {("one", "two"): (1, "1"), ("one", "bench"): (1, "1"), ("two", "bench"): (1, "0")}
     assert f"1 by content: {tmp_path}/train/a.mp4\n" in text and code == 0
@@ -176,14 +221,23 @@ def test_held_out_questions_and_benchmarks(tmp_path, clips, capsys):
     folder = tmp_path / "Daily-Omni"
     (folder / "Videos/v1").mkdir(parents=True)
     shutil.copy(clips / "sound.mp4", folder / "Videos/v1/v1_video.mp4")
-    question = {"Question": "What?", "Choice": ["A. a", "B. b", "C. c", "D. d"], "Answer": "B", "Type": "Inference",
-                "video_id": "v1", "video_category": "Howto & Style", "video_duration": "30s"}
+    question = {
+        "Question": "What?",
+        "Choice": ["A. a", "B. b", "C. c", "D. d"],
+        "Answer": "B",
+        "Type": "Inference",
+        "video_id": "v1",
+        "video_category": "Howto & Style",
+        "video_duration": "30s",
+    }
     (folder / "qa.json").write_text(json.dumps([question, question | {"video_id": "v2"}]))
     (tmp_path / "held.json").write_text(json.dumps([record(clips / "silent.mp4")]))
-    train = config(tmp_path, "sft", [record(clips / "sound.mp4")], eval_steps=5,
-                   eval_data=[{"path": str(tmp_path / "held.json")}])
-    bench = config(tmp_path, "bench", [], samples_per_step=None, data=None, benchmark="daily-omni",
-                   benchmark_root=str(folder))
+    train = config(
+        tmp_path, "sft", [record(clips / "sound.mp4")], eval_steps=5, eval_data=[{"path": str(tmp_path / "held.json")}]
+    )
+    bench = config(
+        tmp_path, "bench", [], samples_per_step=None, data=None, benchmark="daily-omni", benchmark_root=str(folder)
+    )
     code, text, rows = run(capsys, train, bench)
     assert code == 1 and rows["held.json"] == row(1, no_3_blocks="-")
     assert rows["daily-omni"] == row(2, missing=1, no_3_blocks="-")
@@ -195,8 +249,14 @@ def test_held_out_questions_and_benchmarks(tmp_path, clips, capsys):
 
 
 def test_kinds_of_config(tmp_path):
-    for name, kind in (("stage1", SFTConfig), ("stage2", GRPOConfig), ("stage3", GRPOConfig), ("eval", EvalConfig),
-                       ("toy/stage1", SFTConfig), ("toy/stage2", GRPOConfig)):
+    for name, kind in (
+        ("stage1", SFTConfig),
+        ("stage2", GRPOConfig),
+        ("stage3", GRPOConfig),
+        ("eval", EvalConfig),
+        ("toy/stage1", SFTConfig),
+        ("toy/stage2", GRPOConfig),
+    ):
         assert type(read_config(ROOT / f"configs/{name}.json")) is kind
     for text in ("[", "3", json.dumps({"model": "m", "output_dir": "o", "data": [], "num_generation": 8, "beta": 0})):
         (tmp_path / "x.json").write_text(text)
@@ -206,8 +266,12 @@ def test_kinds_of_config(tmp_path):
 
 def test_unusable_configs_are_exit_code_2(tmp_path, capsys):
     path = config(tmp_path, "sft", [], prompts="none.json")
-    for arguments, message in (([tmp_path / "none.json"], "no such config file"), (["seed=1"], "expected a config"),
-                               ([path, "sead=1"], "unknown key 'sead'"), ([path], "none.json")):
+    for arguments, message in (
+        ([tmp_path / "none.json"], "no such config file"),
+        (["seed=1"], "expected a config"),
+        ([path, "sead=1"], "unknown key 'sead'"),
+        ([path], "none.json"),
+    ):
         with pytest.raises(SystemExit) as stop:
             check.main(list(map(str, arguments)))
         assert stop.value.code == 2 and message in capsys.readouterr().err
@@ -215,9 +279,19 @@ def test_unusable_configs_are_exit_code_2(tmp_path, capsys):
 
 def test_command_with_several_processes(tmp_path, clips):
     names = ["sound.mp4", "silent.mp4", "still.png", "broken.mp4"]
-    path = config(tmp_path, "sft", [record(clips / name) for name in names], model=str(clips / "model"),
-                  max_prompt_length=2000)
-    command = [sys.executable, "-m", "hov2.tools.check_data", path, "--workers", "2", "--bad", str(tmp_path / "bad.jsonl")]
+    path = config(
+        tmp_path, "sft", [record(clips / name) for name in names], model=str(clips / "model"), max_prompt_length=2000
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "hov2.tools.check_data",
+        path,
+        "--workers",
+        "2",
+        "--bad",
+        str(tmp_path / "bad.jsonl"),
+    ]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 1, result.stderr
     assert "broken.mp4: not a media file" in result.stdout and "1 video with sound" in result.stdout

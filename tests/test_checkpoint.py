@@ -30,9 +30,15 @@ def test_an_unfinished_checkpoint_is_not_taken(tmp_path):
     assert finished_checkpoints(tmp_path / "nowhere") == []
 
 
-@pytest.mark.parametrize("keep_last, keep_every, kept", [
-    (0, 0, [10, 8, 6, 4, 2]), (2, 0, [10, 8]), (1, 4, [10, 8, 4]), (9, 0, [10, 8, 6, 4, 2]),
-])
+@pytest.mark.parametrize(
+    "keep_last, keep_every, kept",
+    [
+        (0, 0, [10, 8, 6, 4, 2]),
+        (2, 0, [10, 8]),
+        (1, 4, [10, 8, 4]),
+        (9, 0, [10, 8, 6, 4, 2]),
+    ],
+)
 def test_which_checkpoints_stay(tmp_path, keep_last, keep_every, kept):
     folders = [tmp_path / f"checkpoint-{steps}" for steps in (10, 8, 6, 4, 2)]
     gone = surplus(folders, keep_last, keep_every)
@@ -90,8 +96,10 @@ def run(tmp_path):
 def test_a_run_goes_on_from_its_newest_checkpoint(run, capsys):
     assert run.begin(learning_rate=0.5) == 3
     assert (run.policy.weight == 3).all() and run.loader.drawn == 3
-    assert f"resumed from {run.checkpoints.folder / 'checkpoint-3'}; changed in the config: learning_rate\n" in \
-        capsys.readouterr().out
+    assert (
+        f"resumed from {run.checkpoints.folder / 'checkpoint-3'}; changed in the config: learning_rate\n"
+        in capsys.readouterr().out
+    )
 
 
 def test_the_loop_may_change_weights_while_a_checkpoint_is_written(tmp_path, monkeypatch):

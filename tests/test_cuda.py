@@ -77,8 +77,10 @@ def test_a_shared_prefix_equals_separate_rows(heads):
     thinker = thinker_on(CUDA)
     inputs, completions = [random_inputs(seed=i) for i in range(2)], random_completions(2)
     plain = tiny_thinker()  # transformers' own attention, on the CPU
-    expected = [torch.stack([separate_logps(plain, given, row, 0.9) for row in rows])
-                for given, rows in zip(inputs, completions)]
+    expected = [
+        torch.stack([separate_logps(plain, given, row, 0.9) for row in rows])
+        for given, rows in zip(inputs, completions)
+    ]
     thinker = thinker if heads == "grouped" else thinker.bfloat16()
     encoder = Encoder(thinker, CUDA)
     ours, _ = group_logps(thinker, [encoder(given) for given in inputs], on(CUDA, completions), 0.9)

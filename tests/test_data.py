@@ -28,8 +28,14 @@ from hov2.model.versions import media_model_of
 from hov2.prompts import load_prompts
 
 ROOT = Path(__file__).resolve().parent.parent
-RECORD = {"problem": "What does she intend?", "problem_type": "multiple choice", "options": ["A. joke", "B. threat"],
-          "solution": "<context>c</context><think>t</think><answer>A</answer>", "data_type": "video", "path": "a.mp4"}
+RECORD = {
+    "problem": "What does she intend?",
+    "problem_type": "multiple choice",
+    "options": ["A. joke", "B. threat"],
+    "solution": "<context>c</context><think>t</think><answer>A</answer>",
+    "data_type": "video",
+    "path": "a.mp4",
+}
 
 
 def write(folder, records, name="train.json"):
@@ -50,9 +56,16 @@ def test_reads_json_and_jsonl(tmp_path):
     records = [RECORD, {**RECORD, "id": 7, "answer": "A", "Type": "Why", "options": ["A. é", "B. 你"]}]
     path = write(tmp_path, records)
     first, second = read_samples([Source(path)])
-    assert first == Sample(id="train.json:1", problem=RECORD["problem"], problem_type="multiple choice",
-                           options=("A. joke", "B. threat"), solution=RECORD["solution"], data_type="video",
-                           paths={"video": str(tmp_path / "a.mp4")}, source=path)
+    assert first == Sample(
+        id="train.json:1",
+        problem=RECORD["problem"],
+        problem_type="multiple choice",
+        options=("A. joke", "B. threat"),
+        solution=RECORD["solution"],
+        data_type="video",
+        paths={"video": str(tmp_path / "a.mp4")},
+        source=path,
+    )
     assert (second.id, second.extra, second.options) == ("7", {"answer": "A", "Type": "Why"}, ("A. é", "B. 你"))
     lines = read_samples([Source(write(tmp_path, records, "train.jsonl"), media_root=str(tmp_path / "media"))])
     assert [sample.id for sample in lines] == ["train.jsonl:1", "7"]  # line 3 of the file has its own id
@@ -62,44 +75,49 @@ def test_reads_json_and_jsonl(tmp_path):
 def test_media_of_each_data_type(tmp_path):
     free = {**RECORD, "problem_type": "free-form", "options": None}
     both = {"image": "i.png", "audio": "a.wav"}
-    cases = [({"data_type": "image", "path": "./i.png"}, "image", ("image",)),
-             ({"data_type": "audio"}, "audio", ("audio",)),
-             ({"data_type": "image_audio", "path": both}, "image_audio", ("image", "audio")),
-             ({"data_type": "image", "path": both}, "image_audio", ("image", "audio")),
-             ({"data_type": "text", "path": None}, "text", ())]
+    cases = [
+        ({"data_type": "image", "path": "./i.png"}, "image", ("image",)),
+        ({"data_type": "audio"}, "audio", ("audio",)),
+        ({"data_type": "image_audio", "path": both}, "image_audio", ("image", "audio")),
+        ({"data_type": "image", "path": both}, "image_audio", ("image", "audio")),
+        ({"data_type": "text", "path": None}, "text", ()),
+    ]
     samples = read_samples([Source(write(tmp_path, [{**free, **fields} for fields, *_ in cases]))])
     assert [(s.data_type, s.media_kinds) for s in samples] == [tuple(expected) for _, *expected in cases]
     assert samples[0].paths == {"image": str(tmp_path / "i.png")} and samples[4].paths == {}
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"problem": ...}, "missing field 'problem'"),
-    ({"problem_type": ...}, "missing field 'problem_type'"),
-    ({"solution": ...}, "missing field 'solution'"),
-    ({"data_type": ...}, "data_type: unknown None; known: image, video, audio"),
-    ({"path": ...}, "path: expected a file, got None"),
-    ({"problem": 3}, "problem: expected text, got 3"),
-    ({"problem": " "}, "problem: expected text, got ' '"),
-    ({"solution": None}, "solution: expected text, got None"),
-    ({"problem_type": "essay"}, "problem_type: unknown 'essay'; known: "),
-    ({"problem_type": ["judge"]}, "problem_type: expected text"),
-    ({"options": None}, "options: 'multiple choice' needs them"),
-    ({"options": []}, "options: 'multiple choice' needs them"),
-    ({"options": ...}, "options: 'multiple choice' needs them"),
-    ({"options": "A. x"}, "options: expected a list of texts or null, got 'A. x'"),
-    ({"options": ["A", 2]}, "options: expected a list of texts or null"),
-    ({"solution": "<think>t</think><answer> </answer>"}, "solution "),
-    ({"data_type": "film"}, "data_type: unknown 'film'; known: image, video, audio"),
-    ({"path": 5}, "path: video: expected text, got 5"),
-    ({"path": {"image": "a", "audio": "b"}}, "path: expected a file, got {"),  # of a video
-    ({"data_type": "image", "path": {"image": "a"}}, "path: expected an object with image and audio"),
-    ({"data_type": "image_audio"}, "path: expected an object with image and audio, got 'a.mp4'"),
-    ({"data_type": "image_audio", "path": {"image": "a", "audio": None}}, "path: audio: expected text, got None"),
-    ({"data_type": "text"}, "path: expected none for text"),
-    ({"problem": "See <|VIDEO|> and say"}, "problem: <|VIDEO|> has the form of a special token"),
-    ({"options": ["A. x", "B.<|im_end|>"]}, "options: <|im_end|> has the form of a special token"),
-    ({"solution": "<answer>A<|im_start|></answer>"}, "solution: <|im_start|> has the form of a special token"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"problem": ...}, "missing field 'problem'"),
+        ({"problem_type": ...}, "missing field 'problem_type'"),
+        ({"solution": ...}, "missing field 'solution'"),
+        ({"data_type": ...}, "data_type: unknown None; known: image, video, audio"),
+        ({"path": ...}, "path: expected a file, got None"),
+        ({"problem": 3}, "problem: expected text, got 3"),
+        ({"problem": " "}, "problem: expected text, got ' '"),
+        ({"solution": None}, "solution: expected text, got None"),
+        ({"problem_type": "essay"}, "problem_type: unknown 'essay'; known: "),
+        ({"problem_type": ["judge"]}, "problem_type: expected text"),
+        ({"options": None}, "options: 'multiple choice' needs them"),
+        ({"options": []}, "options: 'multiple choice' needs them"),
+        ({"options": ...}, "options: 'multiple choice' needs them"),
+        ({"options": "A. x"}, "options: expected a list of texts or null, got 'A. x'"),
+        ({"options": ["A", 2]}, "options: expected a list of texts or null"),
+        ({"solution": "<think>t</think><answer> </answer>"}, "solution "),
+        ({"data_type": "film"}, "data_type: unknown 'film'; known: image, video, audio"),
+        ({"path": 5}, "path: video: expected text, got 5"),
+        ({"path": {"image": "a", "audio": "b"}}, "path: expected a file, got {"),  # of a video
+        ({"data_type": "image", "path": {"image": "a"}}, "path: expected an object with image and audio"),
+        ({"data_type": "image_audio"}, "path: expected an object with image and audio, got 'a.mp4'"),
+        ({"data_type": "image_audio", "path": {"image": "a", "audio": None}}, "path: audio: expected text, got None"),
+        ({"data_type": "text"}, "path: expected none for text"),
+        ({"problem": "See <|VIDEO|> and say"}, "problem: <|VIDEO|> has the form of a special token"),
+        ({"options": ["A. x", "B.<|im_end|>"]}, "options: <|im_end|> has the form of a special token"),
+        ({"solution": "<answer>A<|im_start|></answer>"}, "solution: <|im_start|> has the form of a special token"),
+    ],
+)
 def test_bad_record_is_one_error(tmp_path, change, message):
     bad = {key: value for key, value in {**RECORD, **change}.items() if value is not ...}
     for name in ("train.json", "train.jsonl"):
@@ -111,16 +129,20 @@ def test_bad_record_is_one_error(tmp_path, change, message):
 
 
 def test_bad_files(tmp_path):
-    cases = [("x.json", "{\"a\": 1}", "expected a list of records"), ("x.json", "[", "not valid JSON"),
-             ("x.jsonl", "{}\n[", "record 1: missing field"), ("x.jsonl", "\n{", "record 2: not valid JSON"),
-             ("x.json", "[3]", "record 1: expected an object, got int"),
-             ("x.json", "[]", "slice 'all' of 0 records leaves none")]
+    cases = [
+        ("x.json", '{"a": 1}', "expected a list of records"),
+        ("x.json", "[", "not valid JSON"),
+        ("x.jsonl", "{}\n[", "record 1: missing field"),
+        ("x.jsonl", "\n{", "record 2: not valid JSON"),
+        ("x.json", "[3]", "record 1: expected an object, got int"),
+        ("x.json", "[]", "slice 'all' of 0 records leaves none"),
+    ]
     for name, text, message in cases:
         with pytest.raises(DataError, match=message):
             read_samples([Source(write(tmp_path, text, name))])
     with pytest.raises(DataError, match="no such data file$"):
         read_samples([Source(str(tmp_path / "none.json"))])
-    (tmp_path / "latin.json").write_bytes("[\"é\"]".encode("latin-1"))
+    (tmp_path / "latin.json").write_bytes('["é"]'.encode("latin-1"))
     with pytest.raises(DataError, match="can't be read"):
         read_samples([Source(str(tmp_path / "latin.json"))])
     with pytest.raises(DataError, match="unknown format 'parquet'; known: hov2"):
@@ -164,7 +186,8 @@ def test_sources_are_cut_one_by_one(tmp_path):
 
 VIDEO, IMAGE, AUDIO, VISION_BOS, VISION_EOS, AUDIO_BOS, AUDIO_EOS, IM_END = (
     tiny_tokenizer().convert_tokens_to_ids(f"<|{name}|>")
-    for name in ("VIDEO", "IMAGE", "AUDIO", "vision_bos", "vision_eos", "audio_bos", "audio_eos", "im_end"))
+    for name in ("VIDEO", "IMAGE", "AUDIO", "vision_bos", "vision_eos", "audio_bos", "audio_eos", "im_end")
+)
 SMALL = MediaConfig(fps=4, max_frames=8, min_pixels=56 * 56, max_pixels=56 * 56)  # 4 tokens in a pair of frames
 
 
@@ -172,15 +195,25 @@ SMALL = MediaConfig(fps=4, max_frames=8, min_pixels=56 * 56, max_pixels=56 * 56)
 def clips(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clips")
     return {
-        "video": synth_clip(folder / "sound.mp4", seconds=2), "silent": synth_clip(folder / "silent.mp4", sound=False),
-        "image": synth_clip(folder / "still.png"), "audio": synth_clip(folder / "tone.wav"),
-        "blip": synth_clip(folder / "blip.wav", seconds=0.01), "webm": synth_clip(folder / "sound.webm"),
+        "video": synth_clip(folder / "sound.mp4", seconds=2),
+        "silent": synth_clip(folder / "silent.mp4", sound=False),
+        "image": synth_clip(folder / "still.png"),
+        "audio": synth_clip(folder / "tone.wav"),
+        "blip": synth_clip(folder / "blip.wav", seconds=0.01),
+        "webm": synth_clip(folder / "sound.webm"),
     }
 
 
 def sample_of(paths, **fields):
-    fields = {"id": "s", "problem": "What does she intend?", "problem_type": "multiple choice", "data_type": "",
-              "options": ("A. joke", "B. threat"), "solution": "<answer>A</answer>", **fields}
+    fields = {
+        "id": "s",
+        "problem": "What does she intend?",
+        "problem_type": "multiple choice",
+        "data_type": "",
+        "options": ("A. joke", "B. threat"),
+        "solution": "<answer>A</answer>",
+        **fields,
+    }
     return Sample(paths=paths, **fields)
 
 
@@ -206,8 +239,14 @@ def test_video_with_sound_as_its_own_item(clips):
     frames = inputs.shape.mel_frames
     assert inputs.mel.shape == (128, frames) and 195 <= frames <= 210  # 2 s and the codec's padding
     assert inputs.shape.audio_tokens == ((frames - 1) // 2 + 1 - 2) // 2 + 1
-    assert media_runs(inputs.prompt_ids) == [(VISION_BOS, 1), (VIDEO, 16), (VISION_EOS, 1), (AUDIO_BOS, 1),
-                                             (AUDIO, inputs.shape.audio_tokens), (AUDIO_EOS, 1)]
+    assert media_runs(inputs.prompt_ids) == [
+        (VISION_BOS, 1),
+        (VIDEO, 16),
+        (VISION_EOS, 1),
+        (AUDIO_BOS, 1),
+        (AUDIO, inputs.shape.audio_tokens),
+        (AUDIO_EOS, 1),
+    ]
     assert inputs.shape.second_per_grid == pytest.approx(0.5) and inputs.shape.visual_kind == "video"
     text = tiny_tokenizer().decode(inputs.prompt_ids)
     assert text.startswith("<|im_start|>system\n") and text.endswith("<|im_end|>\n<|im_start|>assistant\n")
@@ -232,9 +271,14 @@ def test_each_medium_alone(clips):
 
 
 def test_wrong_kind_of_file_is_a_media_error(clips):
-    cases = [("image", "video", "expected image, found video"), ("video", "image", "expected video, found image"),
-             ("video", "audio", "expected video, found audio"), ("audio", "silent", "expected audio, found video"),
-             ("audio", "blip", "shorter than one token"), ("video", "none.mp4", "none.mp4")]
+    cases = [
+        ("image", "video", "expected image, found video"),
+        ("video", "image", "expected video, found image"),
+        ("video", "audio", "expected video, found audio"),
+        ("audio", "silent", "expected audio, found video"),
+        ("audio", "blip", "shorter than one token"),
+        ("video", "none.mp4", "none.mp4"),
+    ]
     for kind, file, message in cases:
         with pytest.raises(MediaError, match=message):
             inputs_of(sample_of({kind: clips.get(file, file)}))
@@ -242,13 +286,22 @@ def test_wrong_kind_of_file_is_a_media_error(clips):
 
 # Worked out by hand from Qwen2_5OmniProcessor.get_chunked_index: a video token of grid t stands at
 # t * second_per_grid * 25, audio token i at i; every 50 of those begins a new chunk.
-@pytest.mark.parametrize("grids, tokens_a_grid, second_per_grid, audio_tokens, expected", [
-    (4, 4, 1.0, 100, "v8 a50 v8 a50"),  # grids at 0, 25, 50, 75
-    (3, 4, 1.0, 120, "v8 a50 v4 a50 a20"),  # sound longer than the picture
-    (6, 2, 0.5, 10, "v8 a10 v4"),  # grids at 0, 12.5, .., 50, 62.5; sound shorter
-    (2, 1, 2.0, 51, "v1 a50 v1 a1"),
-    (3, 2, 3.0, 100, "v2 a50 v2 a50 v1 v1"),  # grids at 0, 75, 150: the token after 150 crosses 100 and 150 one by one
-])
+@pytest.mark.parametrize(
+    "grids, tokens_a_grid, second_per_grid, audio_tokens, expected",
+    [
+        (4, 4, 1.0, 100, "v8 a50 v8 a50"),  # grids at 0, 25, 50, 75
+        (3, 4, 1.0, 120, "v8 a50 v4 a50 a20"),  # sound longer than the picture
+        (6, 2, 0.5, 10, "v8 a10 v4"),  # grids at 0, 12.5, .., 50, 62.5; sound shorter
+        (2, 1, 2.0, 51, "v1 a50 v1 a1"),
+        (
+            3,
+            2,
+            3.0,
+            100,
+            "v2 a50 v2 a50 v1 v1",
+        ),  # grids at 0, 75, 150: the token after 150 crosses 100 and 150 one by one
+    ],
+)
 def test_interleaved_layout(grids, tokens_a_grid, second_per_grid, audio_tokens, expected):
     grid = torch.tensor([[grids, 2, 2 * tokens_a_grid]])
     shape = MediaShape("video", grid, second_per_grid, mel_frames=4 * audio_tokens, interleaved=True)
@@ -257,17 +310,30 @@ def test_interleaved_layout(grids, tokens_a_grid, second_per_grid, audio_tokens,
     assert interleave(shape, 1, 0) == [int(video) for video, count in runs for _ in range(count)]
 
 
-@pytest.mark.skipif(not hasattr(Qwen2_5OmniProcessor, "replace_video_with_audio_token"),
-                    reason="this transformers' processor has no such function")
+@pytest.mark.skipif(
+    not hasattr(Qwen2_5OmniProcessor, "replace_video_with_audio_token"),
+    reason="this transformers' processor has no such function",
+)
 @pytest.mark.parametrize("second_per_grid", [0.5, 0.7, 1.0, 1.9, 2.5, 3.75, 6.4])
 def test_interleaved_layout_equals_the_processors(second_per_grid):
     grid = torch.tensor([[9, 4, 6]])
-    processor = SimpleNamespace(video_processor=SimpleNamespace(merge_size=2), video_token="v", audio_token="a",
-                                audio_bos_token="", audio_eos_token="")
+    processor = SimpleNamespace(
+        video_processor=SimpleNamespace(merge_size=2),
+        video_token="v",
+        audio_token="a",
+        audio_bos_token="",
+        audio_eos_token="",
+    )
     processor.get_chunked_index = partial(Qwen2_5OmniProcessor.get_chunked_index, processor)
     text = Qwen2_5OmniProcessor.replace_video_with_audio_token(
-        processor, {"video_grid_thw": grid.numpy(), "video_second_per_grid": [second_per_grid]}, 0,
-        {"num_audio_tokens": [260]}, 0, position_id_per_seconds=25, seconds_per_chunk=2.0)
+        processor,
+        {"video_grid_thw": grid.numpy(), "video_second_per_grid": [second_per_grid]},
+        0,
+        {"num_audio_tokens": [260]},
+        0,
+        position_id_per_seconds=25,
+        seconds_per_chunk=2.0,
+    )
     shape = MediaShape("video", grid, second_per_grid, mel_frames=1040, interleaved=True)
     assert "".join(interleave(shape, "v", "a")) == text and text.count("v") == 54
 
@@ -276,12 +342,24 @@ def test_interleaved_prompt_fits_the_models_positions(clips):
     sample = sample_of({"video": clips["video"]})
     inputs = inputs_of(sample, replace(SMALL, interleave_audio=True))
     audio = inputs.shape.audio_tokens
-    assert media_runs(inputs.prompt_ids) == [(VISION_BOS, 1), (AUDIO_BOS, 1), (VIDEO, 16), (AUDIO, audio),
-                                             (AUDIO_EOS, 1), (VISION_EOS, 1)]
+    assert media_runs(inputs.prompt_ids) == [
+        (VISION_BOS, 1),
+        (AUDIO_BOS, 1),
+        (VIDEO, 16),
+        (AUDIO, audio),
+        (AUDIO_EOS, 1),
+        (VISION_EOS, 1),
+    ]
     ids = inputs.prompt_ids[None]
     positions, _ = media_model_of(tiny_thinker()).get_rope_index(
-        ids, None, inputs.shape.grid_thw, torch.ones_like(ids), True, torch.tensor([inputs.shape.mel_frames]),
-        torch.tensor([inputs.shape.second_per_grid]))
+        ids,
+        None,
+        inputs.shape.grid_thw,
+        torch.ones_like(ids),
+        True,
+        torch.tensor([inputs.shape.mel_frames]),
+        torch.tensor([inputs.shape.second_per_grid]),
+    )
     at = {token: positions[0, 0][inputs.prompt_ids == token] for token in (VIDEO, AUDIO, AUDIO_BOS)}
     start = int(at[AUDIO_BOS]) + 1
     assert at[AUDIO].tolist() == list(range(start, start + audio))  # 25 a second
@@ -475,8 +553,10 @@ def six(tmp_path):
     (tmp_path / "2.mp4").write_bytes(b"no clip")
     for i in (0, 1, 3, 4, 5):
         synth_clip(tmp_path / f"{i}.mp4", seed=i)
-    return [Sample(str(i), "What?", "judge", None, "<answer>yes</answer>", "video", {"video": str(tmp_path / f"{i}.mp4")})
-            for i in range(6)]
+    return [
+        Sample(str(i), "What?", "judge", None, "<answer>yes</answer>", "video", {"video": str(tmp_path / f"{i}.mp4")})
+        for i in range(6)
+    ]
 
 
 def test_processes_that_read_ahead_load_the_same(six):

@@ -76,7 +76,8 @@ def test_switches_that_restore_the_released_code_are_config_keys():
     assert len(switches) > 10
     for key, value in switches:
         kind, config = {"train_on_prompt": (SFTConfig, "stage1"), "temperature": (EvalConfig, "eval")}.get(
-            key, (GRPOConfig, "stage2"))
+            key, (GRPOConfig, "stage2")
+        )
         load_config(kind, ROOT / "configs" / f"{config}.json", [f"{key}={value}"])
 
 
@@ -88,8 +89,10 @@ WORDS, LENGTH = 3, 2
 def policy():
     """Log-probs of all completions of two tokens over three words, token by token: (parameters, texts, (9, 2))."""
     generator = torch.Generator().manual_seed(0)
-    first, second = (torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
-                     for shape in ((WORDS,), (WORDS, WORDS)))
+    first, second = (
+        torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+        for shape in ((WORDS,), (WORDS, WORDS))
+    )
     texts = list(itertools.product(range(WORDS), repeat=LENGTH))
     logps = torch.stack([torch.stack([first.log_softmax(0)[a], second.log_softmax(1)[a, b]]) for a, b in texts])
     return (first, second), texts, logps
@@ -101,8 +104,10 @@ def gradient(value, parameters):
 
 def surrogate(logps, advantages, weights):
     """Minus the loss of completions that occur with probability `weights`, before the division by their tokens."""
-    return -sum(weight * grpo_loss(row[None], None, None, advantage[None], torch.ones(1, LENGTH), beta=0.0, num_items=1)[0]
-                for row, advantage, weight in zip(logps, advantages, weights))
+    return -sum(
+        weight * grpo_loss(row[None], None, None, advantage[None], torch.ones(1, LENGTH), beta=0.0, num_items=1)[0]
+        for row, advantage, weight in zip(logps, advantages, weights)
+    )
 
 
 REWARDS = torch.tensor([0.0, 1.0, 0.3, 0.9, 0.1, 0.5, 0.2, 0.8, 0.4], dtype=torch.float64)
@@ -134,8 +139,10 @@ def test_tokens_after_a_reward_carry_none_of_its_gradient():
     parameters, texts, logps = policy()
     chances = logps.sum(1).exp()
     rewards = torch.tensor([[0.2, 0.9, 0.4][first] for first, _ in texts], dtype=torch.float64)
-    seen, full, later = (gradient(surrogate(logps, credit({"context": rewards}, {"context": reach}), chances.detach()),
-                                  parameters) for reach in torch.tensor([[[1, 0]], [[1, 1]], [[0, 1]]]))
+    seen, full, later = (
+        gradient(surrogate(logps, credit({"context": rewards}, {"context": reach}), chances.detach()), parameters)
+        for reach in torch.tensor([[[1, 0]], [[1, 1]], [[0, 1]]])
+    )
     torch.testing.assert_close(seen, full)
     torch.testing.assert_close(later, torch.zeros_like(later))
     assert seen.abs().max() > 0.05
@@ -172,8 +179,11 @@ def test_the_walkthrough_quotes_train_grpo_under_the_same_headings():
     text = page("walkthrough.md")
     assert re.findall(r"^## (.*)$", text, re.MULTILINE) == in_code
     known = {line.strip() for line in code} | {"...", ""}
-    quoted = [line for block in re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-              for line in block.splitlines()]
+    quoted = [
+        line
+        for block in re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+        for line in block.splitlines()
+    ]
     assert len(quoted) > 30
     for line in quoted:
         assert line.strip() in known, f"train_grpo.py has no line {line.strip()!r} any more"
@@ -195,8 +205,10 @@ def test_figures_are_those_of_the_script_and_in_the_walkthrough():
 def recipes():
     """{title: {language: the text of its block}} of docs/recipes.md."""
     parts = re.split(r"^## ", page("recipes.md"), flags=re.MULTILINE)[1:]
-    return {part.splitlines()[0]: dict(re.findall(r"^```(\w+)\n(.*?)^```", part, re.DOTALL | re.MULTILINE))
-            for part in parts}
+    return {
+        part.splitlines()[0]: dict(re.findall(r"^```(\w+)\n(.*?)^```", part, re.DOTALL | re.MULTILINE))
+        for part in parts
+    }
 
 
 def test_recipes_apply_and_run(tmp_path):
@@ -206,17 +218,29 @@ def test_recipes_apply_and_run(tmp_path):
         copy = tmp_path / f"recipe{number + 1}"
         shutil.copytree(ROOT / "hov2", copy / "hov2", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "train_grpo.py", copy)
-        applied = subprocess.run(["git", "apply", "-"], cwd=copy, input=blocks["diff"], text=True, capture_output=True,
-                                 env=os.environ | {"GIT_CEILING_DIRECTORIES": str(tmp_path)}, check=False)
+        applied = subprocess.run(
+            ["git", "apply", "-"],
+            cwd=copy,
+            input=blocks["diff"],
+            text=True,
+            capture_output=True,
+            env=os.environ | {"GIT_CEILING_DIRECTORIES": str(tmp_path)},
+            check=False,
+        )
         assert applied.returncode == 0, f"{title}: {applied.stderr}"
         (copy / "check.py").write_text(blocks["python"])
         (copy / "commands.txt").write_text(blocks["bash"])
         write_tiny_run(copy)
         copies.append(copy)
     assert len(copies) >= 3
-    done = subprocess.run([sys.executable, str(ROOT / "tests" / "recipe_runs.py"), *map(str, copies)], text=True,
-                          capture_output=True, timeout=240, check=False,
-                          env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "recipe_runs.py"), *map(str, copies)],
+        text=True,
+        capture_output=True,
+        timeout=240,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
@@ -225,9 +249,24 @@ def write_tiny_run(folder):
     model = folder / "runs" / "toy" / "stage1" / "model"
     tiny_thinker(layers=2).save_pretrained(model)
     tiny_tokenizer().save_pretrained(model)
-    samples = [{"problem": "What does he intend?" * n, "problem_type": "judge", "data_type": "text",
-                "solution": "<answer>yes</answer>"} for n in (1, 2)]
+    samples = [
+        {
+            "problem": "What does he intend?" * n,
+            "problem_type": "judge",
+            "data_type": "text",
+            "solution": "<answer>yes</answer>",
+        }
+        for n in (1, 2)
+    ]
     (folder / "data.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-    config = {"model": "runs/toy/stage1/model", "output_dir": "runs/tiny", "data": [{"path": "data.jsonl"}],
-              "max_steps": 1, "prompts_per_step": 2, "num_generations": 2, "max_completion_length": 6, "top_k": 0}
+    config = {
+        "model": "runs/toy/stage1/model",
+        "output_dir": "runs/tiny",
+        "data": [{"path": "data.jsonl"}],
+        "max_steps": 1,
+        "prompts_per_step": 2,
+        "num_generations": 2,
+        "max_completion_length": 6,
+        "top_k": 0,
+    }
     (folder / "tiny.json").write_text(json.dumps(config))

@@ -51,10 +51,18 @@ def world(tmp_path_factory):
     records = []
     for i in range(QUESTIONS):
         kind = list(KINDS)[i % len(KINDS)]
-        records.append({"id": f"q{i}", "problem": f"What is it, number {i}?", "problem_type": kind,
-                        "options": ["A. one", "B. two", "C. three"], "data_type": "video" if i % 4 else "text",
-                        "solution": f"<answer>{KINDS[kind]}</answer>", "topic": i % 3,
-                        **({"path": "broken.mp4" if i == 7 else f"{i % 6}.mp4"} if i % 4 else {})})
+        records.append(
+            {
+                "id": f"q{i}",
+                "problem": f"What is it, number {i}?",
+                "problem_type": kind,
+                "options": ["A. one", "B. two", "C. three"],
+                "data_type": "video" if i % 4 else "text",
+                "solution": f"<answer>{KINDS[kind]}</answer>",
+                "topic": i % 3,
+                **({"path": "broken.mp4" if i == 7 else f"{i % 6}.mp4"} if i % 4 else {}),
+            }
+        )
     (world / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     return world
 
@@ -70,14 +78,29 @@ def evaluator(monkeypatch):
     monkeypatch.setattr(evaluation, "unsharded", lambda policy: torch.no_grad())
     policy, device = policy_of(tiny_thinker()), torch.device("cpu")
     make = InputMaker(tiny_tokenizer(), load_prompts(), MediaConfig(fps=4, max_frames=4))
-    run = SimpleNamespace(config=SimpleNamespace(seed=0), device=device, policy=policy, tokenizer=tiny_tokenizer(),
-                          make=make, encoder=Encoder(policy.thinker, device), judge=None)
+    run = SimpleNamespace(
+        config=SimpleNamespace(seed=0),
+        device=device,
+        policy=policy,
+        tokenizer=tiny_tokenizer(),
+        make=make,
+        encoder=Encoder(policy.thinker, device),
+        judge=None,
+    )
     return lambda **settings: Evaluator(run, **{"max_new_tokens": 8, "batch_size": 3} | settings)
 
 
 def sample(name="s", paths=None, kind="multiple choice", **extra):
-    return Sample(id=name, problem="What?", problem_type=kind, options=("A. one", "B. two"),
-                  solution=f"<answer>{KINDS[kind]}</answer>", data_type="text", paths=paths or {}, extra=extra)
+    return Sample(
+        id=name,
+        problem="What?",
+        problem_type=kind,
+        options=("A. one", "B. two"),
+        solution=f"<answer>{KINDS[kind]}</answer>",
+        data_type="text",
+        paths=paths or {},
+        extra=extra,
+    )
 
 
 # ---- Order and answers ----
@@ -89,24 +112,32 @@ def test_longest_first(tmp_path):
     files = [{"video": str(tmp_path / name)} for name in ("small", "large", "missing", "medium")]
     by_size = [sample(), *(sample(paths=f) for f in files), sample()]
     assert longest_first(by_size) == [2, 4, 1, 0, 3, 5]
-    said = [sample(video_duration="30s"), sample(video_duration="60s", duration="1-2min"), sample(duration=45.5),
-            sample(paths=files[1], duration="1-2min"), sample(video_duration="60s")]
+    said = [
+        sample(video_duration="30s"),
+        sample(video_duration="60s", duration="1-2min"),
+        sample(duration=45.5),
+        sample(paths=files[1], duration="1-2min"),
+        sample(video_duration="60s"),
+    ]
     assert longest_first(said) == [1, 4, 2, 0, 3]  # seconds first, then sizes
 
 
-@pytest.mark.parametrize("kind, text, parsed, exact", [
-    ("multiple choice", "<think>C</think><answer>B</answer>", "B", 1.0),
-    ("multiple choice", "<answer>B. two</answer>", "B", 0.0),
-    ("multiple choice", "B", "B", 1.0),  # without a block, the whole text
-    ("multiple choice", "It is B", "B", 0.0),
-    ("multiple choice", "", None, 0.0),
-    ("emer_ov_mc", "<answer>C, A</answer>", "A,C", 1.0),
-    ("emer_ov_mc", "<answer>A and C</answer>", "A,C", 0.0),
-    ("judge", "<answer>Yes</answer>", "yes", 1.0),
-    ("judge", "<answer>Yes, it is</answer>", "yes", 0.0),
-    ("numerical", "<answer>3.0</answer>", "3", 1.0),
-    ("free-form", "<answer>a man\nsmiles</answer>", "a man\nsmiles", 1.0),
-])
+@pytest.mark.parametrize(
+    "kind, text, parsed, exact",
+    [
+        ("multiple choice", "<think>C</think><answer>B</answer>", "B", 1.0),
+        ("multiple choice", "<answer>B. two</answer>", "B", 0.0),
+        ("multiple choice", "B", "B", 1.0),  # without a block, the whole text
+        ("multiple choice", "It is B", "B", 0.0),
+        ("multiple choice", "", None, 0.0),
+        ("emer_ov_mc", "<answer>C, A</answer>", "A,C", 1.0),
+        ("emer_ov_mc", "<answer>A and C</answer>", "A,C", 0.0),
+        ("judge", "<answer>Yes</answer>", "yes", 1.0),
+        ("judge", "<answer>Yes, it is</answer>", "yes", 0.0),
+        ("numerical", "<answer>3.0</answer>", "3", 1.0),
+        ("free-form", "<answer>a man\nsmiles</answer>", "a man\nsmiles", 1.0),
+    ],
+)
 def test_parsed_and_exact_answers(kind, text, parsed, exact):
     scored = evaluation._scored(sample(kind=kind), text, False, {"accuracy": 1.0 if parsed else 0.0, "format": 0.0})
     assert (scored["parsed"], scored["exact"], scored["no_answer"]) == (parsed, exact, "<answer>" not in text)
@@ -141,8 +172,9 @@ def test_a_judge_that_is_down_is_waited_for(evaluator, monkeypatch):
     with FaultyJudge(["404", None]) as server:
         run = evaluator().run
         run.judge = Judge(JudgeConfig(url=server.url, concurrency=1), load_prompts())
-        _, records = Evaluator(run, max_new_tokens=8, batch_size=3).evaluate([sample(str(i), kind="free-form")
-                                                                             for i in range(3)])
+        _, records = Evaluator(run, max_new_tokens=8, batch_size=3).evaluate(
+            [sample(str(i), kind="free-form") for i in range(3)]
+        )
         assert all(record["accuracy"] is not None for record in records)
         assert server.injected == {"404": 1} and server.asked == 5  # 3, the small question, and the first one's again
 
@@ -158,10 +190,13 @@ def test_going_on_answers_only_what_is_not_there(evaluator, samples, tmp_path, m
     assert len(lines) == 1 + QUESTIONS and lines[0] == "\n"
     path.write_text("".join(lines[:14]) + lines[14][:40])  # four batches, one answer of the fifth, and a part of one
     asked, answer = [], Evaluator._answer
-    monkeypatch.setattr(Evaluator, "_answer", lambda self, samples, batch, loading: (
-        asked.append(batch), answer(self, samples, batch, loading))[1])
+    monkeypatch.setattr(
+        Evaluator,
+        "_answer",
+        lambda self, samples, batch, loading: (asked.append(batch), answer(self, samples, batch, loading))[1],
+    )
     assert evaluator().evaluate(samples, Journal(tmp_path, {"seed": 0}, samples)) == whole
-    assert asked == [longest_first(samples)[i:i + 3] for i in range(12, QUESTIONS, 3)]  # whole batches, the same ones
+    assert asked == [longest_first(samples)[i : i + 3] for i in range(12, QUESTIONS, 3)]  # whole batches, the same ones
     assert capsys.readouterr().out == "going on with the answers to 12 of 24 questions\n"
     asked.clear()
     assert evaluator().evaluate(samples, Journal(tmp_path, {"seed": 0}, samples)) == whole and not asked
@@ -207,8 +242,10 @@ def config(world, **values):
     return EvalConfig(**{"model": str(world / "qwen_model"), "output_dir": "o", "data": [Source("d.jsonl")]} | values)
 
 
-TEMPLATE = ("{% if messages[0]['role'] != 'system' %}<|im_start|>system\nA text of the model's own.<|im_end|>\n"
-            "{% endif %}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}")
+TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nA text of the model's own.<|im_end|>\n"
+    "{% endif %}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+)
 
 
 def test_system_prompts(world, tmp_path):
@@ -237,37 +274,56 @@ def test_system_prompt_of_the_models_chat_template(world):
 
 
 def test_filtered_data_can_be_read_and_says_the_same(samples, tmp_path):
-    extra = Sample("i", "What is heard?", "multiple choice", ("A. one", "B. two"), "<think>y</think><answer>B</answer>",
-                   "image_audio", {"image": "/a/1.png", "audio": "/a/1.wav"}, extra={"answer": "B"})
+    extra = Sample(
+        "i",
+        "What is heard?",
+        "multiple choice",
+        ("A. one", "B. two"),
+        "<think>y</think><answer>B</answer>",
+        "image_audio",
+        {"image": "/a/1.png", "audio": "/a/1.wav"},
+        extra={"answer": "B"},
+    )
     asked = [*samples, extra]
-    records = [{"error": None, "samples": [{"accuracy": float(k < i % 9)} for k in range(8)]}
-               for i in range(len(asked))]
+    records = [
+        {"error": None, "samples": [{"accuracy": float(k < i % 9)} for k in range(8)]} for i in range(len(asked))
+    ]
     rule = FilterConfig(str(tmp_path / "next" / "kept.jsonl"))
     expected = [s for i, s in enumerate(asked) if 0 < i % 9 < 6]
     assert evaluate.write_filtered(rule, asked, records) == len(expected)
     kept = read_samples([Source(rule.output)])
     for a, b in zip(expected, kept, strict=True):
         share = b.extra.pop("share_right")
-        assert 0 < share < 0.75 and (a.id, a.problem, a.problem_type, a.options, a.solution, a.data_type, a.paths,
-                                     a.extra) == (b.id, b.problem, b.problem_type, b.options, b.solution, b.data_type,
-                                                  b.paths, b.extra)
+        assert 0 < share < 0.75 and (
+            a.id,
+            a.problem,
+            a.problem_type,
+            a.options,
+            a.solution,
+            a.data_type,
+            a.paths,
+            a.extra,
+        ) == (b.id, b.problem, b.problem_type, b.options, b.solution, b.data_type, b.paths, b.extra)
     assert any(s.paths for s in kept) and any(not s.paths for s in kept)
     with pytest.raises(DataError, match="no question has a share of right answers between 0.0 and 0.75"):
         evaluate.write_filtered(rule, asked[:1], [{"error": "gone"}])
 
 
-@pytest.mark.parametrize("values, message", [
-    ({"data": []}, "data, benchmark: expected one of the two"),
-    ({"benchmark": "daily-omni", "benchmark_root": "x"}, "data, benchmark: expected one of the two"),
-    ({"data": [], "benchmark": "daily-omni"}, "expected both, or neither"),
-    ({"data": [], "benchmark": "dailyomni"}, "'dailyomni' is not one of 'intentbench', 'daily-omni', 'worldsense'"),
-    ({"num_samples": 8}, "num_samples: 8 greedy answers are one answer"),
-    ({"num_samples": 0}, "num_samples: at least 1, got 0"),
-    ({"top_p": 0}, "top_p: expected more than 0, got 0"),
-    ({"filter": {"output": "x.jsonl"}}, "filter: needs num_samples of at least 2"),
-    ({"filter": {"output": "x.json"}}, "filter: output: expected a file that ends in .jsonl"),
-    ({"filter": {"output": "x.jsonl", "min_share": 0.8}}, "filter: expected 0 <= min_share < max_share <= 1"),
-])
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"data": []}, "data, benchmark: expected one of the two"),
+        ({"benchmark": "daily-omni", "benchmark_root": "x"}, "data, benchmark: expected one of the two"),
+        ({"data": [], "benchmark": "daily-omni"}, "expected both, or neither"),
+        ({"data": [], "benchmark": "dailyomni"}, "'dailyomni' is not one of 'intentbench', 'daily-omni', 'worldsense'"),
+        ({"num_samples": 8}, "num_samples: 8 greedy answers are one answer"),
+        ({"num_samples": 0}, "num_samples: at least 1, got 0"),
+        ({"top_p": 0}, "top_p: expected more than 0, got 0"),
+        ({"filter": {"output": "x.jsonl"}}, "filter: needs num_samples of at least 2"),
+        ({"filter": {"output": "x.json"}}, "filter: output: expected a file that ends in .jsonl"),
+        ({"filter": {"output": "x.jsonl", "min_share": 0.8}}, "filter: expected 0 <= min_share < max_share <= 1"),
+    ],
+)
 def test_configs_that_cannot_be_evaluated_are_refused(tmp_path, values, message):
     path = tmp_path / "eval.json"
     path.write_text(json.dumps({"model": "m", "output_dir": "o", "data": [{"path": "d.jsonl"}]} | values))
@@ -280,25 +336,50 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 def start(*arguments, **environment):
     """evaluate.py as a process of its own."""
-    return subprocess.Popen([sys.executable, "evaluate.py", *map(str, arguments)], cwd=ROOT, text=True,
-                            env=ENVIRONMENT | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "evaluate.py", *map(str, arguments)],
+        cwd=ROOT,
+        text=True,
+        env=ENVIRONMENT | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def start_two(*arguments):
     """Two ranks of evaluate.py, as torchrun would start them; here none watches over the other."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    return [start(*arguments, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-                  MASTER_PORT=str(port)) for rank in range(2)]
+    return [
+        start(
+            *arguments,
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE="2",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
+        for rank in range(2)
+    ]
 
 
 @pytest.fixture(scope="module")
 def config_file(world):
     path = world / "eval.json"
-    path.write_text(json.dumps({
-        "model": str(world / "model"), "output_dir": str(world / "out"), "data": [{"path": str(world / "data.jsonl")}],
-        "media": {"fps": 4, "max_frames": 4}, "max_new_tokens": 8, "batch_size": 2, "temperature": 1.0,
-        "num_samples": 4}))
+    path.write_text(
+        json.dumps(
+            {
+                "model": str(world / "model"),
+                "output_dir": str(world / "out"),
+                "data": [{"path": str(world / "data.jsonl")}],
+                "media": {"fps": 4, "max_frames": 4},
+                "max_new_tokens": 8,
+                "batch_size": 2,
+                "temperature": 1.0,
+                "num_samples": 4,
+            }
+        )
+    )
     return path
 
 
@@ -313,20 +394,28 @@ def test_whole_runs_and_their_comparison(world, config_file):
     results = json.loads((world / "out" / "results.json").read_text())
     protocol = results["protocol"]
     assert (protocol["num_samples"], protocol["temperature"], protocol["rewards"]) == (4, 1.0, "training")
-    assert protocol["media"] == {"fps": 4.0, "max_frames": 4, "min_pixels": 3136, "max_pixels": 100352,
-                                 "interleave_audio": False}
+    assert protocol["media"] == {
+        "fps": 4.0,
+        "max_frames": 4,
+        "min_pixels": 3136,
+        "max_pixels": 100352,
+        "interleave_audio": False,
+    }
     assert results["questions"] == QUESTIONS and "mean@4" in results["intervals"]
     assert (world / "out" / "results.txt").read_text().strip() in out and not kept.exists()
     shown, _ = start("--compare", world / "out", world / "out").communicate(timeout=200)
     assert "B - A: +0.000" in shown and "majority@4" in shown
-    for folders, message in (([world / "out", world / "nowhere"], "nowhere: not the folder of a finished evaluation"),
-                             ([world / "out"], "expected evaluate.py --compare FOLDER FOLDER")):
+    for folders, message in (
+        ([world / "out", world / "nowhere"], "nowhere: not the folder of a finished evaluation"),
+        ([world / "out"], "expected evaluate.py --compare FOLDER FOLDER"),
+    ):
         with pytest.raises(ValueError, match=message):
             evaluate.compare(folders)
 
 
 def wait_for_answers(folder, running):
     """Waits until the answers in `folder` grow, or `running()` is false."""
+
     def size():
         return sum(path.stat().st_size for path in folder.glob("answers/rank-*.jsonl"))
 
@@ -344,9 +433,16 @@ def test_five_kills_of_the_toy_s_evaluation_on_two_processes(tmp_path):
 
 def five_kills(folder, judge_url):
     whole, cut = folder / "whole", folder / "cut"
-    settings = ("configs/toy/eval.json", f"model={folder / 'world/model'}", "batch_size=1", f"judge.url={judge_url}",
-                f"prompts={Path('configs/toy/prompts.json').resolve()}", "temperature=1", "num_samples=2",
-                'data=[{"path": "%s"}]' % (folder / "world/eval.json"))
+    settings = (
+        "configs/toy/eval.json",
+        f"model={folder / 'world/model'}",
+        "batch_size=1",
+        f"judge.url={judge_url}",
+        f"prompts={Path('configs/toy/prompts.json').resolve()}",
+        "temperature=1",
+        "num_samples=2",
+        'data=[{"path": "%s"}]' % (folder / "world/eval.json"),
+    )
     assert [p.wait(200) for p in start_two(*settings, f"output_dir={whole}")] == [0, 0]
     rng, killed = random.Random(), 0
     for number in range(5):

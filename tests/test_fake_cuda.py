@@ -69,8 +69,9 @@ def test_log_probs_and_loss(fake):
     for values in (*logps, *entropies):
         assert (values.shape, values.dtype, values.device) == ((G, C), torch.float32, CUDA)
     mask = torch.ones(G, C, dtype=torch.bool, device=CUDA)
-    loss, metrics = grpo_loss(logps[0], logps[0].detach(), logps[0].detach(), torch.zeros(G, C, device=CUDA), mask,
-                              num_items=mask.sum())
+    loss, metrics = grpo_loss(
+        logps[0], logps[0].detach(), logps[0].detach(), torch.zeros(G, C, device=CUDA), mask, num_items=mask.sum()
+    )
     kl = sampling_kl(logps[0], logps[0].detach(), mask)
     for number in (loss, kl, *metrics.values()):
         assert (number.shape, number.device) == ((), CUDA)
@@ -89,8 +90,17 @@ def test_decoding_waits_for_the_device_only_where_rows_leave(fake, monkeypatch, 
     monkeypatch.setattr(rollouts, "_finish", lambda *parts: finished.append(parts))
 
     def generate(length):
-        sampling = rollouts.Sampling(length, [5, 6], 6, torch.tensor([1, 2, 3]), temperature=0.9, top_k=50, logps=1,
-                                     answer_states=torch.zeros(152064, 10, dtype=torch.long), decoding=decoding)
+        sampling = rollouts.Sampling(
+            length,
+            [5, 6],
+            6,
+            torch.tensor([1, 2, 3]),
+            temperature=0.9,
+            top_k=50,
+            logps=1,
+            answer_states=torch.zeros(152064, 10, dtype=torch.long),
+            decoding=decoding,
+        )
         rollouts.generate(thinker, prompts, G, sampling, [None, None])
 
     generate(rollouts.LEAVE_EVERY - 1)

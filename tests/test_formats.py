@@ -40,24 +40,50 @@ def refused(path, name, **entry):
 
 def emer(number):
     name = f"MER24/sample_{number:08d}.mp4"
-    return {"problem": "What emotions did the doctor initially display?", "problem_type": "emer_ov_mc",
-            "options": ["A. Urgent", "B. Happy", "C. Relaxed", "D. Understanding", "E. Admiration", "F. Approve"],
-            "solution": FULL.format("B,C"), "answer": "B,C", "data_type": "video", "clean_list": ["Relaxed", "Happy"],
-            "video": name, "path": name}
+    return {
+        "problem": "What emotions did the doctor initially display?",
+        "problem_type": "emer_ov_mc",
+        "options": ["A. Urgent", "B. Happy", "C. Relaxed", "D. Understanding", "E. Admiration", "F. Approve"],
+        "solution": FULL.format("B,C"),
+        "answer": "B,C",
+        "data_type": "video",
+        "clean_list": ["Relaxed", "Happy"],
+        "video": name,
+        "path": name,
+    }
 
 
 def social_iq(number):
-    return {"problem": "Why does she laugh?", "problem_type": "multiple choice",
-            "options": ["A. joy", "B. fear", "C. scorn", "D. habit"], "solution": FULL.format("A"), "answer": "A",
-            "data_type": "video", "path": f"social_iq/clip{number}_ot2mU.mp4"}
+    return {
+        "problem": "Why does she laugh?",
+        "problem_type": "multiple choice",
+        "options": ["A. joy", "B. fear", "C. scorn", "D. habit"],
+        "solution": FULL.format("A"),
+        "answer": "A",
+        "data_type": "video",
+        "path": f"social_iq/clip{number}_ot2mU.mp4",
+    }
 
 
 def rewritten(number):
     if number % 2:
-        return {"problem": "How many bars are there?", "problem_type": "numerical", "answer": "3", "data_type": "image",
-                "path": f"Video-R1-data/Chart/{number}.png", "solution": FULL.format("3")}
-    return {"problem": "What falls?", "problem_type": "free-form", "answer": "a cup", "data_type": "video",
-            "path": f"./Video-R1-data/CLEVRER/{number}.mp4", "solution": FULL.format("a cup"), "options": None}
+        return {
+            "problem": "How many bars are there?",
+            "problem_type": "numerical",
+            "answer": "3",
+            "data_type": "image",
+            "path": f"Video-R1-data/Chart/{number}.png",
+            "solution": FULL.format("3"),
+        }
+    return {
+        "problem": "What falls?",
+        "problem_type": "free-form",
+        "answer": "a cup",
+        "data_type": "video",
+        "path": f"./Video-R1-data/CLEVRER/{number}.mp4",
+        "solution": FULL.format("a cup"),
+        "options": None,
+    }
 
 
 def intent_train(folder, counts=(3, 2, 5)):
@@ -73,10 +99,16 @@ def test_humanomniv2_file_and_folder(tmp_path):
     assert first.paths == {"video": str(folder / "MER24/sample_00000000.mp4")}
     assert first.extra == {"answer": "B,C", "clean_list": ["Relaxed", "Happy"]}
     samples = read(folder, "humanomniv2")
-    assert [sample.id for sample in samples][2:6] == ["emer_rewrite.json:3", "social_iq_v2_rewrite.json:1",
-                                                     "social_iq_v2_rewrite.json:2", "Video-R1_rewrite.json:1"]
-    assert [sample.paths for sample in samples[-2:]] == [{"image": str(folder / "Video-R1-data/Chart/3.png")},
-                                                         {"video": str(folder / "Video-R1-data/CLEVRER/4.mp4")}]
+    assert [sample.id for sample in samples][2:6] == [
+        "emer_rewrite.json:3",
+        "social_iq_v2_rewrite.json:1",
+        "social_iq_v2_rewrite.json:2",
+        "Video-R1_rewrite.json:1",
+    ]
+    assert [sample.paths for sample in samples[-2:]] == [
+        {"image": str(folder / "Video-R1-data/Chart/3.png")},
+        {"video": str(folder / "Video-R1-data/CLEVRER/4.mp4")},
+    ]
     assert len(read(folder, "humanomniv2", slice="last:50%")) == 5
     (folder / "Video-R1_rewrite.json").unlink()
     assert f"{folder}: the folder has no Video-R1_rewrite.json" in refused(folder, "humanomniv2")
@@ -119,8 +151,9 @@ def test_stages_share_no_sample(tmp_path):
     assert (len(ids[0]), len(ids[1])) == (3 + 6 + 5, 3 + 6 + 13) and not set(ids[0]) & set(ids[1])
     for count in range(4, 40):  # fewer leave a slice of 30% without a sample
         path = write(tmp_path / "n.json", [rewritten(number) for number in range(count)])
-        last, first = ({sample.id for sample in read(path, "humanomniv2", slice=slice_)}
-                       for slice_ in ("last:30%", "first:70%"))
+        last, first = (
+            {sample.id for sample in read(path, "humanomniv2", slice=slice_)} for slice_ in ("last:30%", "first:70%")
+        )
         assert not last & first and len(last) + len(first) >= count - 1
 
 
@@ -128,22 +161,35 @@ def test_stages_share_no_sample(tmp_path):
 
 
 def video_r1(**fields):
-    return {"problem_id": 2, "problem": "What appears on the screen?", "data_type": "video",
-            "problem_type": "multiple choice", "options": ["A. a notification", "B. a command"],
-            "solution": "<answer>A</answer>", "path": "./LLaVA-Video-178K/academic/1.mp4",
-            "data_source": "LLaVA-Video-178K", **fields}
+    return {
+        "problem_id": 2,
+        "problem": "What appears on the screen?",
+        "data_type": "video",
+        "problem_type": "multiple choice",
+        "options": ["A. a notification", "B. a command"],
+        "solution": "<answer>A</answer>",
+        "path": "./LLaVA-Video-178K/academic/1.mp4",
+        "data_source": "LLaVA-Video-178K",
+        **fields,
+    }
 
 
 def test_video_r1_rl_and_cot(tmp_path):
-    image = video_r1(problem_type="numerical", options=[], data_type="image", path="./Chart/1.png", process="",
-                     solution="<answer>5</answer>")
+    image = video_r1(
+        problem_type="numerical",
+        options=[],
+        data_type="image",
+        path="./Chart/1.png",
+        process="",
+        solution="<answer>5</answer>",
+    )
     rl = read(write(tmp_path / "Video-R1-260k.json", [video_r1(), image]), "video-r1")
     assert rl[0].paths == {"video": str(tmp_path / "LLaVA-Video-178K/academic/1.mp4")}
     assert rl[0].extra == {"problem_id": 2, "data_source": "LLaVA-Video-178K"}
     assert (rl[0].id, rl[0].solution) == ("Video-R1-260k.json:1", "<answer>A</answer>")
     assert (rl[1].options, rl[1].solution, rl[1].media_kinds) == (None, "<answer>5</answer>", ("image",))
     thought = "<think>Let me think, <answer>B</answer>? No.</think>"
-    cot, = read(write(tmp_path / "Video-R1-COT-165k.json", [video_r1(process=thought)]), "video-r1")
+    (cot,) = read(write(tmp_path / "Video-R1-COT-165k.json", [video_r1(process=thought)]), "video-r1")
     assert cot.solution == f"{thought}\n<answer>A</answer>" and "process" not in cot.extra
     path = write(tmp_path / "x.json", [video_r1(process="no tags")])
     message = refused(path, "video-r1")
@@ -167,12 +213,18 @@ def test_bad_records_are_an_error_or_left_out(tmp_path):
 
 
 def test_avqa_r1(tmp_path):
-    record = {"problem_id": 12, "problem": "What is the main source of sound?", "data_type": "image_audio",
-              "problem_type": "multiple choice", "options": ["A. cat", "B. dog", "C. train", "D. rain"],
-              "solution": "<answer>C</answer>", "data_source": "OmniInstruct_v1-AVQA",
-              "path": {"image": "images/sample_12.jpg", "audio": "audios/sample_12.wav"}}
+    record = {
+        "problem_id": 12,
+        "problem": "What is the main source of sound?",
+        "data_type": "image_audio",
+        "problem_type": "multiple choice",
+        "options": ["A. cat", "B. dog", "C. train", "D. rain"],
+        "solution": "<answer>C</answer>",
+        "data_source": "OmniInstruct_v1-AVQA",
+        "path": {"image": "images/sample_12.jpg", "audio": "audios/sample_12.wav"},
+    }
     split = tmp_path / "AVQA_R1/train"
-    sample, = read(write(split / "omni_rl_format_train.json", [record]), "avqa-r1")
+    (sample,) = read(write(split / "omni_rl_format_train.json", [record]), "avqa-r1")
     assert sample.paths == {"image": str(split / "images/sample_12.jpg"), "audio": str(split / "audios/sample_12.wav")}
     assert sample.media_kinds == ("image", "audio") and sample.options[2] == "C. train"
     path = write(split / "x.json", [record | {"path": {"image": "a.jpg"}}])
@@ -195,8 +247,10 @@ def omni(tmp_path):
 
     def make(rows, name="train-00000-of-00001.parquet"):
         (tmp_path / "data").mkdir(exist_ok=True)
-        rows = [{"image": {"bytes": image, "path": "i.png"}, "audio": {"bytes": sound, "path": "s.wav"}, **row}
-                for row in rows]
+        rows = [
+            {"image": {"bytes": image, "path": "i.png"}, "audio": {"bytes": sound, "path": "s.wav"}, **row}
+            for row in rows
+        ]
         parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "data" / name)
         return str(tmp_path / "data" / name)
 
@@ -214,8 +268,13 @@ def test_omniinstruct_without_options(omni, tmp_path, monkeypatch):
     assert first.id == "train-00000-of-00001.parquet:1" and first.problem == "What rings?"
     assert read_media(first.paths["image"]).frames.shape == (1, 3, 56, 56)  # PNG bytes under the name .jpg
     assert len(read_media(first.paths["audio"]).audio) == 16000
-    assert sorted(file.name for file in media.iterdir()) == ["000001.jpg", "000001.wav", "000002.jpg", "000002.wav",
-                                                             "unpacked.json"]
+    assert sorted(file.name for file in media.iterdir()) == [
+        "000001.jpg",
+        "000001.wav",
+        "000002.jpg",
+        "000002.wav",
+        "unpacked.json",
+    ]
 
     with monkeypatch.context() as patched:  # a second reading writes nothing
         patched.setattr(formats, "_unpack", lambda *args: pytest.fail("unpacked again"))
@@ -230,10 +289,10 @@ def test_omniinstruct_v1(omni):
     samples = [0.5] * 800
     row = {"answer": "dog", "options": ["cat", "dog", "rain"], "source": "AVQA", "question": "Who barks?"}
     arrays = {"audio": {"array": samples, "sampling_rate": 8000}}
-    sample, = read(omni([row]), "omniinstruct")
+    (sample,) = read(omni([row]), "omniinstruct")
     assert sample.options == ("A. cat", "B. dog", "C. rain") and sample.solution == "<answer>B</answer>"
     assert sample.problem_type == "multiple choice" and sample.extra == {"answer": "dog", "source": "AVQA"}
-    decoded, = read(omni([row | arrays], "decoded.parquet"), "omniinstruct")
+    (decoded,) = read(omni([row | arrays], "decoded.parquet"), "omniinstruct")
     sound = read_media(decoded.paths["audio"]).audio
     assert len(sound) == 1600 and abs(float(sound[800]) - 0.5) < 0.01
 
@@ -249,11 +308,13 @@ def test_omniinstruct_parts_are_one_data_set(omni, tmp_path):
 
 def test_omniinstruct_bad_rows_and_files(omni, tmp_path):
     good = {"answer": "dog", "options": ["cat", "dog"], "question": "q"}
-    for change, message in [({"answer": "cow"}, "answer: 'cow' is none of the options"),
-                            ({"answer": None}, "answer: expected text, got None"),
-                            ({"question": " "}, "problem: expected text, got ' '"),
-                            ({"audio": None}, "audio: the parquet file doesn't hold it"),
-                            ({"image": {"bytes": None, "path": "i.png"}}, "image: the parquet file doesn't hold it")]:
+    for change, message in [
+        ({"answer": "cow"}, "answer: 'cow' is none of the options"),
+        ({"answer": None}, "answer: expected text, got None"),
+        ({"question": " "}, "problem: expected text, got ' '"),
+        ({"audio": None}, "audio: the parquet file doesn't hold it"),
+        ({"image": {"bytes": None, "path": "i.png"}}, "image: the parquet file doesn't hold it"),
+    ]:
         path = omni([good, good | change])
         for _ in range(2):  # also when it is unpacked already
             assert refused(path, "omniinstruct").startswith(f"{path}: record 2: {message}")

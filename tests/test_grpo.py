@@ -52,9 +52,15 @@ def test_fewer_than_two_present_values_give_no_advantage(scale):
     assert group_advantages(tensor([[NAN, 0.7, NAN], [NAN, NAN, NAN]]), scale).tolist() == [[0, 0, 0], [0, 0, 0]]
 
 
-@pytest.mark.parametrize("case", [c for c in GOLDEN["advantage_cases"]
-                                  if c["multi_objective_aggregation"] == "sum_then_normalize"
-                                  and c["scale_rewards"] in ("none", "group")], ids=lambda c: c["name"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        c
+        for c in GOLDEN["advantage_cases"]
+        if c["multi_objective_aggregation"] == "sum_then_normalize" and c["scale_rewards"] in ("none", "group")
+    ],
+    ids=lambda c: c["name"],
+)
 def test_advantages_equal_trl(case):
     rewards = tensor([[NAN if r is None else r for r in row] for row in case["rewards_per_func"]])
     weights = tensor(case["reward_weights"] or [1.0] * len(rewards))
@@ -71,8 +77,12 @@ def test_full_reward_is_missing_when_a_component_is():
 
 
 def test_gate():
-    rewards = {"accuracy": tensor([[1, 1, 1, 1]]), "format": tensor([[1, 1, 1, 1]]),
-               "context": tensor([[0.4, 0.6, NAN, 0.6]]), "logic": tensor([[1, 0.4, 1, NAN]])}
+    rewards = {
+        "accuracy": tensor([[1, 1, 1, 1]]),
+        "format": tensor([[1, 1, 1, 1]]),
+        "context": tensor([[0.4, 0.6, NAN, 0.6]]),
+        "logic": tensor([[1, 0.4, 1, NAN]]),
+    }
     gated = apply_gate(rewards, 0.4)
     assert gated["accuracy"].tolist() == [[0, 0, 1, 1]]
     assert gated["logic"][0, :3].tolist() == [0, 0.4, 1] and gated["logic"][0, 3].isnan()
@@ -82,8 +92,11 @@ def test_gate():
 
 # --- credit -----------------------------------------------------------------------------------------------------------
 
-MASKS = {"full": tensor([[1, 1, 1, 1]] * 2), "context": tensor([[1, 1, 0, 0], [0, 0, 0, 0]]),
-         "logic": tensor([[1, 1, 1, 0], [0, 0, 0, 0]])}
+MASKS = {
+    "full": tensor([[1, 1, 1, 1]] * 2),
+    "context": tensor([[1, 1, 0, 0], [0, 0, 0, 0]]),
+    "logic": tensor([[1, 1, 1, 0], [0, 0, 0, 0]]),
+}
 
 
 def test_credit_adds_each_advantage_where_its_reward_reaches():
@@ -91,14 +104,16 @@ def test_credit_adds_each_advantage_where_its_reward_reaches():
     assert credit(advantages, MASKS).tolist() == [[0.625, 0.625, 0.375, 0.5], [-0.5] * 4]
 
 
-@pytest.mark.parametrize("name, moved", [("format", [0, 1, 2, 3]), ("accuracy", [0, 1, 2, 3]), ("context", [0, 1]),
-                                         ("logic", [0, 1, 2])])
+@pytest.mark.parametrize(
+    "name, moved", [("format", [0, 1, 2, 3]), ("accuracy", [0, 1, 2, 3]), ("context", [0, 1]), ("logic", [0, 1, 2])]
+)
 def test_each_reward_moves_only_the_tokens_it_may(name, moved):
     weights = {"format": 1.0, "accuracy": 1.0, "context": 1.0, "logic": 1.0}
     base = {key: tensor([[0.5, 0.5]]) for key in weights}
     changed = base | {name: tensor([[1.0, 0.5]])}
-    before, after = (credit({k: a[0] for k, a in reward_advantages(r, weights).items()}, MASKS)
-                     for r in (base, changed))
+    before, after = (
+        credit({k: a[0] for k, a in reward_advantages(r, weights).items()}, MASKS) for r in (base, changed)
+    )
     assert (after[0] - before[0]).nonzero().flatten().tolist() == moved
     assert after[0, 0] == 0.25 * 1  # 1 - mean(1, 0.5)
 
@@ -150,16 +165,31 @@ def test_clip_metrics_mark_tokens_without_gradient():
 
 
 def test_epsilon_high_raises_the_upper_bound_only():
-    terms = token_terms(tensor([[0.25, -0.25]]), tensor([[0, 0]]), None, tensor([[1, -1]]), torch.ones(1, 2),
-                        epsilon=0.2, epsilon_high=0.3)
+    terms = token_terms(
+        tensor([[0.25, -0.25]]),
+        tensor([[0, 0]]),
+        None,
+        tensor([[1, -1]]),
+        torch.ones(1, 2),
+        epsilon=0.2,
+        epsilon_high=0.3,
+    )
     assert terms["clipped_high"].tolist() == [[False, False]] and terms["clipped_low"].tolist() == [[False, True]]
 
 
 @pytest.mark.parametrize("loss_type, divisor", [("token", 5), ("dr_grpo", 2 * 8)])
 def test_normalisers(loss_type, divisor):
     mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]])
-    loss, _ = grpo_loss(torch.zeros(2, 4), None, None, torch.tensor([1.0, 3.0]), mask, beta=0, loss_type=loss_type,
-                        max_completion_length=8)
+    loss, _ = grpo_loss(
+        torch.zeros(2, 4),
+        None,
+        None,
+        torch.tensor([1.0, 3.0]),
+        mask,
+        beta=0,
+        loss_type=loss_type,
+        max_completion_length=8,
+    )
     assert loss.item() == pytest.approx(-(4 * 1 + 1 * 3) / divisor)
 
 
@@ -177,8 +207,10 @@ def test_accumulated_pieces_equal_one_batch(loss_type):
     items = mask.sum() if loss_type == "token" else 6
     kwargs = {"loss_type": loss_type, "max_completion_length": 7}
     whole, _ = grpo_loss(logps, old, ref, advantages, mask, **kwargs)
-    pieces = [grpo_loss(*(x[i:i + 2] for x in (logps, old, ref, advantages, mask)), num_items=items, **kwargs)[0]
-              for i in (0, 2, 4)]
+    pieces = [
+        grpo_loss(*(x[i : i + 2] for x in (logps, old, ref, advantages, mask)), num_items=items, **kwargs)[0]
+        for i in (0, 2, 4)
+    ]
     torch.testing.assert_close(sum(pieces), whole)
 
 
@@ -203,16 +235,25 @@ def test_loss_and_gradients_equal_trl(case):
     logps = tensor(inputs["logps"]).requires_grad_()
     loss_type = {"dapo": "token"}.get(config["loss_type"], config["loss_type"])
     loss, metrics = grpo_loss(
-        logps, tensor(inputs["old_logps"]) if case["use_old"] else None,
-        tensor(inputs["ref_logps"]) if config["beta"] else None, tensor(inputs["advantages"]), tensor(inputs["mask"]),
-        beta=config["beta"], epsilon=config["epsilon"], loss_type=loss_type,
-        max_completion_length=GOLDEN["shapes"]["max_completion_length"])
+        logps,
+        tensor(inputs["old_logps"]) if case["use_old"] else None,
+        tensor(inputs["ref_logps"]) if config["beta"] else None,
+        tensor(inputs["advantages"]),
+        tensor(inputs["mask"]),
+        beta=config["beta"],
+        epsilon=config["epsilon"],
+        loss_type=loss_type,
+        max_completion_length=GOLDEN["shapes"]["max_completion_length"],
+    )
     loss.backward()
     expected = case["expected"]
     assert loss.item() == pytest.approx(expected["loss"], rel=1e-6, abs=1e-8)
     torch.testing.assert_close(logps.grad, tensor(expected["grad_logps"]), atol=1e-7, rtol=1e-6)
-    recorded = {key: value for key, value in expected["metrics"].items()
-                if key in ("kl", "clip_ratio/low_mean", "clip_ratio/high_mean")}
+    recorded = {
+        key: value
+        for key, value in expected["metrics"].items()
+        if key in ("kl", "clip_ratio/low_mean", "clip_ratio/high_mean")
+    }
     assert len(recorded) >= 2
     for key, value in recorded.items():
         assert metrics[key.removesuffix("_mean")].item() == pytest.approx(value, rel=1e-5, abs=1e-7), key

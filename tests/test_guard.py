@@ -80,8 +80,13 @@ def torchrun(processes, *arguments, **popen):
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", processes]
     if "shutdown_timeout" in vars(get_args_parser().parse_args(["script"])):  # not in torch 2.11
         launcher[2:2] = ["--shutdown-timeout", "600"]
-    return subprocess.Popen([sys.executable, "-m", *map(str, [*launcher, *arguments])], cwd=ROOT, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, **popen)
+    return subprocess.Popen(
+        [sys.executable, "-m", *map(str, [*launcher, *arguments])],
+        cwd=ROOT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        **popen,
+    )
 
 
 def output(process):
@@ -108,8 +113,9 @@ def assert_rank_1_hung_and_failed(code, err):
 
 def test_of_three_ranks_one_hangs_and_fails_and_all_end(tmp_path):
     (tmp_path / "c.json").write_text(json.dumps({"model": "", "output_dir": str(tmp_path), "data": []}))
-    code, _, err = output(torchrun(3, "tests/guard_runs.py", "fail", tmp_path / "c.json",
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+    code, _, err = output(
+        torchrun(3, "tests/guard_runs.py", "fail", tmp_path / "c.json", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    )
     assert_rank_1_hung_and_failed(code, err)
 
 
@@ -117,8 +123,15 @@ def test_of_three_ranks_one_hangs_and_fails_and_all_end(tmp_path):
 def test_signals_through_torchrun(tmp_path, number):
     """torchrun hands SIGTERM on, and fails by itself; as Slurm signals all processes, it must ignore SIGUSR1."""
     (tmp_path / "c.json").write_text(json.dumps({"model": "", "output_dir": str(tmp_path), "data": []}))
-    process = torchrun(2, "tests/guard_runs.py", "loop", tmp_path / "c.json", stdout=subprocess.PIPE,
-                       stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN))
+    process = torchrun(
+        2,
+        "tests/guard_runs.py",
+        "loop",
+        tmp_path / "c.json",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN),
+    )
     while process.poll() is None and not (tmp_path / "ready").exists():
         time.sleep(0.1)
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -136,15 +149,45 @@ def lab(tmp_path_factory):
     tiny_thinker(layers=2).save_pretrained(lab / "model")
     tiny_tokenizer().save_pretrained(lab / "model")
     solution = "<context>A man smiles.</context><think>He is joking.</think><answer>A</answer>"
-    (lab / "data.jsonl").write_text("".join(json.dumps(
-        {"id": f"s{i}", "problem": "What does the speaker intend?" + " Well?" * i, "problem_type": "multiple choice",
-         "options": ["A. joke", "B. threat"], "data_type": "text", "solution": solution}) + "\n" for i in range(8)))
-    base = {"model": str(lab / "model"), "data": [{"path": str(lab / "data.jsonl")}], "output_dir": str(lab / "out"),
-            "max_steps": 4, "num_train_epochs": 1000, "learning_rate": 1e-3}
+    (lab / "data.jsonl").write_text(
+        "".join(
+            json.dumps(
+                {
+                    "id": f"s{i}",
+                    "problem": "What does the speaker intend?" + " Well?" * i,
+                    "problem_type": "multiple choice",
+                    "options": ["A. joke", "B. threat"],
+                    "data_type": "text",
+                    "solution": solution,
+                }
+            )
+            + "\n"
+            for i in range(8)
+        )
+    )
+    base = {
+        "model": str(lab / "model"),
+        "data": [{"path": str(lab / "data.jsonl")}],
+        "output_dir": str(lab / "out"),
+        "max_steps": 4,
+        "num_train_epochs": 1000,
+        "learning_rate": 1e-3,
+    }
     (lab / "sft.json").write_text(json.dumps(base | {"samples_per_step": 4}))
-    (lab / "grpo.json").write_text(json.dumps(base | {
-        "prompts_per_step": 2, "num_generations": 2, "num_iterations": 2, "max_completion_length": 6, "top_k": 0,
-        "reward_weights": {"format": 1.0, "accuracy": 1.0, "context": 1.0}, "judge": {"url": "http://stand-in"}}))
+    (lab / "grpo.json").write_text(
+        json.dumps(
+            base
+            | {
+                "prompts_per_step": 2,
+                "num_generations": 2,
+                "num_iterations": 2,
+                "max_completion_length": 6,
+                "top_k": 0,
+                "reward_weights": {"format": 1.0, "accuracy": 1.0, "context": 1.0},
+                "judge": {"url": "http://stand-in"},
+            }
+        )
+    )
     return lab
 
 
@@ -152,8 +195,16 @@ def lab(tmp_path_factory):
 def trained(lab):
     """What guard_runs.train leaves, and its (exit code, stdout, stderr)."""
     (lab / "c.json").write_text(json.dumps({"model": "", "output_dir": str(lab), "data": []}))
-    return output(torchrun(2, "tests/guard_runs.py", "train", *(lab / f"{name}.json" for name in ("c", "sft", "grpo")),
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+    return output(
+        torchrun(
+            2,
+            "tests/guard_runs.py",
+            "train",
+            *(lab / f"{name}.json" for name in ("c", "sft", "grpo")),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+    )
 
 
 def metrics(folder):
@@ -192,8 +243,21 @@ def test_of_two_ranks_one_hangs_and_fails_and_all_end(trained):
 
 
 def test_max_hours_ends_a_single_process_with_code_0(lab):
-    done = subprocess.run([sys.executable, "train_sft.py", str(lab / "sft.json"), f"output_dir={lab / 'hours'}",
-                           "max_hours=0", "save_steps=3"], cwd=ROOT, capture_output=True, text=True, timeout=240,
-                          env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, check=False)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "train_sft.py",
+            str(lab / "sft.json"),
+            f"output_dir={lab / 'hours'}",
+            "max_hours=0",
+            "save_steps=3",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        check=False,
+    )
     assert done.returncode == 0 and "max_hours: stops after 1 of 4 steps" in done.stdout, done.stderr
     assert (lab / "hours" / "checkpoint-1" / "state.json").exists() and not (lab / "hours" / "model").exists()

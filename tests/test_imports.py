@@ -42,11 +42,19 @@ def test_imports_only_downwards(path):
     assert not upwards, f"{path.relative_to(ROOT)} imports {upwards}"
 
 
-@pytest.mark.parametrize("module, banned", [
-    ("grpo", "transformers"), ("rewards", "transformers"), ("answers", "transformers"), ("spans", "transformers"),
-    ("config", "transformers"), ("config_help", "torch"),
-    ("tools.report", "transformers"), ("tools.report", "torch"),
-])
+@pytest.mark.parametrize(
+    "module, banned",
+    [
+        ("grpo", "transformers"),
+        ("rewards", "transformers"),
+        ("answers", "transformers"),
+        ("spans", "transformers"),
+        ("config", "transformers"),
+        ("config_help", "torch"),
+        ("tools.report", "transformers"),
+        ("tools.report", "torch"),
+    ],
+)
 def test_imports_without(module, banned):
     code = f"import sys; sys.modules[{banned!r}] = None; import hov2.{module}"  # None makes any import of it fail
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -12,12 +12,23 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def stage(world, folder, model, stage, judge, **settings):
     """Trains a stage of the toy's and returns its model's accuracy on held-out questions of the main types."""
-    data = [{"path": str(world / ("train_sft.json" if stage == "stage1" else "train_rl.json")),
-             "slice": "all" if stage == "stage1" else "first:50%"}]
+    data = [
+        {
+            "path": str(world / ("train_sft.json" if stage == "stage1" else "train_rl.json")),
+            "slice": "all" if stage == "stage1" else "first:50%",
+        }
+    ]
     judged = {} if stage == "stage1" else {"judge.url": judge.url}
     toy.run_script(stage, {"model": str(model), "output_dir": str(folder), "data": data} | judged | settings)
-    toy.run_script("eval", {"model": str(folder / "model"), "output_dir": str(folder / "eval"),
-                            "data": [{"path": str(world / "eval.json")}], "judge.url": judge.url})
+    toy.run_script(
+        "eval",
+        {
+            "model": str(folder / "model"),
+            "output_dir": str(folder / "eval"),
+            "data": [{"path": str(world / "eval.json")}],
+            "judge.url": judge.url,
+        },
+    )
     return toy.scores_of(toy.read_predictions(folder / "eval" / "predictions.jsonl")["eval"])["accuracy"]
 
 
@@ -30,7 +41,14 @@ def test_accuracy_rises_as_with_full_training(tmp_path, monkeypatch):
         start = stage(tmp_path / "world", tmp_path / "start", tmp_path / "world" / "model", "stage1", judge)
         model = tmp_path / "start" / "model"
         full = stage(tmp_path / "world", tmp_path / "full", model, "stage2", judge)
-        lora = stage(tmp_path / "world", tmp_path / "lora", model, "stage2", judge,
-                     lora={"rank": 8, "alpha": 16}, learning_rate=0.001)  # few weights take larger steps
+        lora = stage(
+            tmp_path / "world",
+            tmp_path / "lora",
+            model,
+            "stage2",
+            judge,
+            lora={"rank": 8, "alpha": 16},
+            learning_rate=0.001,
+        )  # few weights take larger steps
     print(f"accuracy: {start} at first, {full} after full training, {lora} with adapters")
     assert full - start > 0.15 and abs(lora - full) <= 0.1

@@ -93,7 +93,10 @@ CLIPS = {
     "b_frames.mp4": {"options": {"g": "12", "bf": "3"}},
     "open_groups.mp4": {"count": 120, "options": {"x264-params": "open-gop=1:keyint=16:bframes=3:b-adapt=0"}},
     "pyramid.mp4": {"count": 120, "options": {"x264-params": "bframes=7:b-adapt=0:b-pyramid=normal:ref=4:keyint=60"}},
-    "weighted.mp4": {"count": 120, "options": {"x264-params": "bframes=3:open-gop=1:keyint=30:weightp=2:b-pyramid=strict"}},
+    "weighted.mp4": {
+        "count": 120,
+        "options": {"x264-params": "bframes=3:open-gop=1:keyint=30:weightp=2:b-pyramid=strict"},
+    },
     "one_keyframe.mkv": {"options": {"g": "1000"}},
     "all_keyframes.mp4": {"options": {"g": "1"}},
     "fragments.mp4": {"container_options": {"movflags": "frag_keyframe+empty_moov"}, "options": {"g": "10"}},
@@ -127,10 +130,13 @@ def test_chosen_frames_are_exact(name, tmp_path, native, monkeypatch):
     np.testing.assert_array_equal(pixels(clip.frames), np.stack([frames[i] for i in chosen]))
 
 
-@pytest.mark.parametrize("options, packets, frames", [
-    ({"g": "10", "bf": "0"}, 8 * 10, 8 * 10),
-    ({"g": "400", "x264-params": "bframes=3:b-adapt=0:b-pyramid=none:scenecut=0"}, 400, 8 + 400 // 4 + 1),
-])
+@pytest.mark.parametrize(
+    "options, packets, frames",
+    [
+        ({"g": "10", "bf": "0"}, 8 * 10, 8 * 10),
+        ({"g": "400", "x264-params": "bframes=3:b-adapt=0:b-pyramid=none:scenecut=0"}, 400, 8 + 400 // 4 + 1),
+    ],
+)
 def test_only_what_is_needed_is_decoded(options, packets, frames, tmp_path, monkeypatch):
     """Groups of pictures without a chosen frame aren't, nor are frames that no other leans on: 3 of 4 in the second."""
     path = write_video(tmp_path / "long.mp4", count=400, options=options)
@@ -171,9 +177,14 @@ def test_a_video_of_one_frame_is_shown_twice(name, codec, tmp_path):
     assert clip.sample_fps == pytest.approx(20)  # two frames in the tenth of a second it lasts
 
 
-@pytest.mark.parametrize("degrees, matrix", [
-    (90, (0, 1, -1, 0)), (180, (-1, 0, 0, -1)), (270, (0, -1, 1, 0)),  # clockwise, as a phone held upright writes 90
-])
+@pytest.mark.parametrize(
+    "degrees, matrix",
+    [
+        (90, (0, 1, -1, 0)),
+        (180, (-1, 0, 0, -1)),
+        (270, (0, -1, 1, 0)),  # clockwise, as a phone held upright writes 90
+    ],
+)
 def test_rotation(degrees, matrix, tmp_path, native):
     path = write_video(tmp_path / "turned.mp4", count=4, width=112, height=56)
     frames = every_frame(path)
@@ -241,10 +252,16 @@ def test_antiphase_stereo_is_silence(tmp_path):
     assert read_media(path).audio.abs().max() == 0
 
 
-@pytest.mark.parametrize("fmt, codec, scale, zero", [
-    ("u8", "pcm_u8", 128, 128), ("s16", "pcm_s16le", 2**15, 0), ("s32", "pcm_s24le", 2**31, 0),
-    ("flt", "pcm_f32le", 1, 0), ("dbl", "pcm_f64le", 1, 0),
-])
+@pytest.mark.parametrize(
+    "fmt, codec, scale, zero",
+    [
+        ("u8", "pcm_u8", 128, 128),
+        ("s16", "pcm_s16le", 2**15, 0),
+        ("s32", "pcm_s24le", 2**31, 0),
+        ("flt", "pcm_f32le", 1, 0),
+        ("dbl", "pcm_f64le", 1, 0),
+    ],
+)
 def test_sample_formats(fmt, codec, scale, zero, tmp_path):
     dtype = {"u8": np.uint8, "s16": np.int16, "s32": np.int32, "flt": np.float32, "dbl": np.float64}[fmt]
     wave = tone(500, 16000, 0.25)
@@ -439,10 +456,14 @@ def test_unusable_files(name, tmp_path):
 
 
 def test_unusable_paths(tmp_path):
-    for path, reason in ((tmp_path / "missing.mp4", "no such file"), (tmp_path, "is a directory"),
-                         ("/dev/null", "not a regular file"), ("concat:a|b", "no such file"),
-                         ("a\0b", "can't be opened"),
-                         ("http://127.0.0.1:9/a.mp4", "a URL; only local files are read")):
+    for path, reason in (
+        (tmp_path / "missing.mp4", "no such file"),
+        (tmp_path, "is a directory"),
+        ("/dev/null", "not a regular file"),
+        ("concat:a|b", "no such file"),
+        ("a\0b", "can't be opened"),
+        ("http://127.0.0.1:9/a.mp4", "a URL; only local files are read"),
+    ):
         with pytest.raises(MediaError) as caught:
             read_media(path)
         assert caught.value.reason.startswith(reason)
@@ -571,8 +592,9 @@ def test_patches_one_by_one():
 
 @pytest.mark.parametrize("length", [4000, 32000, 16001, 160 * 73 - 1, 400, 100])
 def test_log_mel_is_that_of_the_padded_extractor(length):
-    extractor = WhisperFeatureExtractor(feature_size=128, sampling_rate=16000, hop_length=160, n_fft=400,
-                                        chunk_length=300, dither=0.0)
+    extractor = WhisperFeatureExtractor(
+        feature_size=128, sampling_rate=16000, hop_length=160, n_fft=400, chunk_length=300, dither=0.0
+    )
     audio = read_media(DATA / "lena.m4a").audio[20000 : 20000 + length]
     full = extractor(audio.numpy(), sampling_rate=16000, padding="max_length", return_tensors="pt")["input_features"]
     assert full.shape == (1, 128, 30000)

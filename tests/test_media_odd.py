@@ -23,8 +23,10 @@ from hov2.data.video import VideoReader, frame_indices
 pytestmark = pytest.mark.usefixtures("no_stray_warnings")
 
 HERE = Path(__file__).parent
-PICTURES = {case["name"]: base64.b64decode(case["file"])
-            for case in json.loads((HERE / "golden" / "media_peers.json").read_text())["pictures"]}
+PICTURES = {
+    case["name"]: base64.b64decode(case["file"])
+    for case in json.loads((HERE / "golden" / "media_peers.json").read_text())["pictures"]
+}
 
 
 @pytest.fixture
@@ -111,8 +113,9 @@ def write_late(path, video_start, audio_start, video, audio, seconds=3):
 
 
 @pytest.mark.parametrize("video_start, audio_start", [(0, 2), (2, 0), (100, 100)])
-@pytest.mark.parametrize("name, video, audio", [("a.mp4", "libx264", "aac"), ("a.mkv", "libx264", "ac3"),
-                                                ("a.ts", "libx264", "aac")])
+@pytest.mark.parametrize(
+    "name, video, audio", [("a.mp4", "libx264", "aac"), ("a.mkv", "libx264", "ac3"), ("a.ts", "libx264", "aac")]
+)
 def test_late_starts_are_no_silence(name, video, audio, video_start, audio_start, tmp_path, native):
     """Frame 0 and sample 0 are the first in the file: no padding, whatever starts late."""
     path = write_late(tmp_path / name, video_start, audio_start, video, audio)
@@ -136,15 +139,18 @@ def test_sound_shorter_or_longer_than_the_video(seconds, tmp_path):
 # Pictures: codecs and shapes
 
 
-@pytest.mark.parametrize("name, codec, pix_fmt, options", [
-    ("a.mp4", "libsvtav1", "yuv420p", {"preset": "10", "crf": "20"}),
-    ("a.mkv", "libsvtav1", "yuv420p10le", {"preset": "10", "crf": "20"}),
-    ("a.webm", "libvpx-vp9", "yuva420p", {"crf": "10", "b": "0"}),  # its transparency is ignored
-    ("b.mp4", "libx265", "yuv420p10le", {"x265-params": "log-level=none:crf=15"}),
-    ("c.mp4", "libx264", "yuv444p10le", {"crf": "10"}),
-    ("a.mov", "prores_ks", "yuv422p10le", {}),
-    ("b.mkv", "ffv1", "gray", {}),
-])
+@pytest.mark.parametrize(
+    "name, codec, pix_fmt, options",
+    [
+        ("a.mp4", "libsvtav1", "yuv420p", {"preset": "10", "crf": "20"}),
+        ("a.mkv", "libsvtav1", "yuv420p10le", {"preset": "10", "crf": "20"}),
+        ("a.webm", "libvpx-vp9", "yuva420p", {"crf": "10", "b": "0"}),  # its transparency is ignored
+        ("b.mp4", "libx265", "yuv420p10le", {"x265-params": "log-level=none:crf=15"}),
+        ("c.mp4", "libx264", "yuv444p10le", {"crf": "10"}),
+        ("a.mov", "prores_ks", "yuv422p10le", {}),
+        ("b.mkv", "ffv1", "gray", {}),
+    ],
+)
 def test_codecs_and_depths(name, codec, pix_fmt, options, tmp_path, native):
     path = write_video(tmp_path / name, codec, count=30, pix_fmt=pix_fmt, options=options)
     clip = assert_frames(path, 10.0, 30)
@@ -156,8 +162,9 @@ def test_codecs_and_depths(name, codec, pix_fmt, options, tmp_path, native):
         assert decibels(pictures[i], picture) > 24, "half the colour's detail is lost in 4:2:0, the picture isn't"
 
 
-@pytest.mark.parametrize("name, codec, width, height", [("a.mpg", "mpeg2video", 96, 65),
-                                                        ("a.webm", "libvpx-vp9", 97, 65)])
+@pytest.mark.parametrize(
+    "name, codec, width, height", [("a.mpg", "mpeg2video", 96, 65), ("a.webm", "libvpx-vp9", 97, 65)]
+)
 def test_odd_sizes_with_halved_colour(name, codec, width, height, tmp_path, native):
     path = write_video(tmp_path / name, codec, width=width, height=height, rate=25)
     assert assert_frames(path, 25.0, 40).frames.shape[2:] == (height, width)
@@ -180,13 +187,20 @@ def test_pixel_aspect_is_ignored(tmp_path):
 # Sound
 
 
-@pytest.mark.parametrize("name, fmt, codec, dtype, tolerance", [
-    ("a.wav", "s16", "pcm_alaw", np.int16, 0.02), ("a.wav", "s16", "pcm_mulaw", np.int16, 0.02),
-    ("a.aiff", "s16", "pcm_s16be", np.int16, 1e-4), ("a.wav", "s32", "pcm_s32le", np.int32, 1e-6),
-    ("a.au", "s16", "pcm_s16be", np.int16, 1e-4), ("a.flac", "s16", "flac", np.int16, 1e-4),
-    ("b.flac", "s32", "flac", np.int32, 1e-6), ("a.m4a", "s16p", "alac", np.int16, 1e-4),
-    ("a.wav", "u8", "pcm_u8", np.uint8, 0.01),
-])
+@pytest.mark.parametrize(
+    "name, fmt, codec, dtype, tolerance",
+    [
+        ("a.wav", "s16", "pcm_alaw", np.int16, 0.02),
+        ("a.wav", "s16", "pcm_mulaw", np.int16, 0.02),
+        ("a.aiff", "s16", "pcm_s16be", np.int16, 1e-4),
+        ("a.wav", "s32", "pcm_s32le", np.int32, 1e-6),
+        ("a.au", "s16", "pcm_s16be", np.int16, 1e-4),
+        ("a.flac", "s16", "flac", np.int16, 1e-4),
+        ("b.flac", "s32", "flac", np.int32, 1e-6),
+        ("a.m4a", "s16p", "alac", np.int16, 1e-4),
+        ("a.wav", "u8", "pcm_u8", np.uint8, 0.01),
+    ],
+)
 def test_formats_at_8_khz(name, fmt, codec, dtype, tolerance, tmp_path):
     wave = tone(500, 8000, 0.5)
     scale = {np.uint8: 127, np.int16: 2**15 - 1, np.int32: 2**31 - 1}[dtype]
@@ -250,8 +264,9 @@ def png(width, height, depth, colour, rows, *chunks):
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     content = zlib.compress(b"".join(b"\0" + row for row in rows))
     parts = [(b"IHDR", header), *chunks, (b"IDAT", content), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(data)) + kind + data +
-                                            struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
+    )
 
 
 def picture_of(path, content):
@@ -285,7 +300,7 @@ def test_alpha_of_a_palette_is_dropped_and_of_colours_put_on_white(tmp_path, nat
 def test_exif_orientation_is_ignored(orientation, tmp_path, native):
     content = bytearray(PICTURES["exif6.jpg"])
     at = content.index(b"Exif\0\0") + 6
-    order = "<" if content[at:at + 2] == b"II" else ">"
+    order = "<" if content[at : at + 2] == b"II" else ">"
     entry = content.index(struct.pack(order + "HHI", 0x112, 3, 1), at) + 8
     assert struct.unpack_from(order + "H", content, entry) == (6,)
     plain = picture_of(tmp_path / "6.jpg", bytes(content))
@@ -318,7 +333,7 @@ def test_thin_images(width, height, tmp_path):
 
 @pytest.mark.parametrize("name", ["rgb.bmp", "lossy.webp", "lossless.webp", "progressive420.jpg"])
 def test_half_of_other_images_is_refused_too(name, tmp_path):
-    (tmp_path / name).write_bytes(PICTURES[name][:len(PICTURES[name]) // 2])
+    (tmp_path / name).write_bytes(PICTURES[name][: len(PICTURES[name]) // 2])
     with pytest.raises(MediaError):
         read_media(tmp_path / name)
 
@@ -326,7 +341,7 @@ def test_half_of_other_images_is_refused_too(name, tmp_path):
 def test_half_a_gif_is_what_there_is_of_it(tmp_path, native):
     """FFmpeg's decoder doesn't tell that the rest is missing."""
     whole = picture_of(tmp_path / "whole.gif", PICTURES["palette.gif"])
-    picture = picture_of(tmp_path / "half.gif", PICTURES["palette.gif"][:-len(PICTURES["palette.gif"]) // 4])
+    picture = picture_of(tmp_path / "half.gif", PICTURES["palette.gif"][: -len(PICTURES["palette.gif"]) // 4])
     assert picture.shape == whole.shape
     np.testing.assert_array_equal(picture[:8], whole[:8])
 
@@ -339,7 +354,7 @@ def test_broken_index(box, tmp_path):
     """An mp4 of which a box of the index is garbled."""
     content = bytearray(write_video(tmp_path / "a.mp4").read_bytes())
     at = content.index(box)
-    content[at:at + 40] = b"\xa5" * 40
+    content[at : at + 40] = b"\xa5" * 40
     (tmp_path / "a.mp4").write_bytes(content)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -348,10 +363,24 @@ def test_broken_index(box, tmp_path):
     assert re.search("not a media file|no video, sound|no frames|corrupt", caught.value.reason)
 
 
-@pytest.mark.parametrize("start", [b"", b"\0\0\0\x20ftypisom", b"RIFF\xff\xff\0\0AVI LIST", b"\x1aE\xdf\xa3",
-                                   b"OggS\0\2", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"GIF89a",
-                                   b"RIFF\xff\xff\0\0WEBPVP8 ", b"RIFF\xff\xff\0\0WAVEfmt ", b"fLaC",
-                                   b"ID3\4\0\0", b"BM"])
+@pytest.mark.parametrize(
+    "start",
+    [
+        b"",
+        b"\0\0\0\x20ftypisom",
+        b"RIFF\xff\xff\0\0AVI LIST",
+        b"\x1aE\xdf\xa3",
+        b"OggS\0\2",
+        b"\x89PNG\r\n\x1a\n",
+        b"\xff\xd8\xff\xe0",
+        b"GIF89a",
+        b"RIFF\xff\xff\0\0WEBPVP8 ",
+        b"RIFF\xff\xff\0\0WAVEfmt ",
+        b"fLaC",
+        b"ID3\4\0\0",
+        b"BM",
+    ],
+)
 @pytest.mark.parametrize("name", ["a.mp4", "a.mp3", "a.png"])
 def test_noise_behind_a_good_start(start, name, tmp_path):
     (tmp_path / name).write_bytes(start + np.random.default_rng(5).bytes(20_000))
@@ -363,7 +392,7 @@ def test_noise_behind_a_good_start(start, name, tmp_path):
 
 def test_truncated_avi_is_noticed(tmp_path):
     path = write_video(tmp_path / "a.avi", "mpeg4", count=100, options={"g": "10"})
-    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.warns(UserWarning) as caught:
         clip = read_media(path)
     assert "video packets where the header counts 100" in str(caught[0].message)
@@ -375,10 +404,10 @@ def test_truncated_streams_are_used_without_a_word(tmp_path):
     path = write_video(tmp_path / "a.ts", count=100, options={"g": "10"})
     whole = read_media(path)
     content = path.read_bytes()
-    path.write_bytes(content[:len(content) // 2 // 188 * 188])
+    path.write_bytes(content[: len(content) // 2 // 188 * 188])
     assert 4 <= len(read_media(path).frames) < len(whole.frames)
     voice = (DATA / "lena.opus").read_bytes()
-    (tmp_path / "a.opus").write_bytes(voice[:len(voice) // 2])
+    (tmp_path / "a.opus").write_bytes(voice[: len(voice) // 2])
     assert 5 * 16000 < len(read_media(tmp_path / "a.opus").audio) < 7 * 16000
 
 
@@ -394,11 +423,15 @@ def test_sound_alone_at_another_place_than_the_first(tmp_path):
 
 
 def test_the_number_of_packets_left_is_told_right(tmp_path):
-    path = write_video(tmp_path / "a.mp4", container_options={"movflags": "faststart"}, options={"g": "1"},
-                       sound=("aac", 48000, "mono", tone(440, 48000, 1)[None]))
+    path = write_video(
+        tmp_path / "a.mp4",
+        container_options={"movflags": "faststart"},
+        options={"g": "1"},
+        sound=("aac", 48000, "mono", tone(440, 48000, 1)[None]),
+    )
     with av.open(str(path)) as container:
         starts = [packet.pos for packet in container.demux(video=0) if packet.size]
-    path.write_bytes(path.read_bytes()[:starts[30]])
+    path.write_bytes(path.read_bytes()[: starts[30]])
     with pytest.warns(UserWarning, match=r"a.mp4: 30 video packets where the header counts 40; using what is there"):
         assert len(read_media(path).frames) == 6
 
@@ -411,18 +444,30 @@ def good_clips(tmp_path_factory):
     """One short clip with sound in each of six containers."""
     folder = tmp_path_factory.mktemp("good")
     sound = np.stack([tone(440, 48000, 4)] * 2)
-    made = [write_video(folder / name, video, sound=(audio, 48000, "stereo", sound), options={"g": "12"})
-            for name, video, audio in (("a.mp4", "libx264", "aac"), ("a.webm", "libvpx", "libopus"),
-                                       ("a.mkv", "libx264", "ac3"), ("a.avi", "mpeg4", "libmp3lame"),
-                                       ("a.ts", "libx264", "aac"))]
+    made = [
+        write_video(folder / name, video, sound=(audio, 48000, "stereo", sound), options={"g": "12"})
+        for name, video, audio in (
+            ("a.mp4", "libx264", "aac"),
+            ("a.webm", "libvpx", "libopus"),
+            ("a.mkv", "libx264", "ac3"),
+            ("a.avi", "mpeg4", "libmp3lame"),
+            ("a.ts", "libx264", "aac"),
+        )
+    ]
     return [*made, DATA / "lena.opus"]
 
 
 def run_mutations(folder, first, count, clips):
     """Runs them in a process of their own; returns its lines. A crash, a hang or a wrong result fails the test."""
-    done = subprocess.run([sys.executable, str(HERE / "media_mutations.py"), str(folder), str(first), str(count),
-                           *map(str, clips)], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-                          errors="replace", timeout=120 + 10 * count, check=False)
+    done = subprocess.run(
+        [sys.executable, str(HERE / "media_mutations.py"), str(folder), str(first), str(count), *map(str, clips)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=120 + 10 * count,
+        check=False,
+    )
     lines = done.stdout.splitlines()
     assert done.returncode == 0, f"exit code {done.returncode}: {lines[-1:]}\n{done.stderr[-3000:]}"
     assert len(lines) == count and all(re.search(r": (Media$|MediaError: .)", line) for line in lines), lines
@@ -441,18 +486,29 @@ def test_three_hundred_mutations(good_clips, tmp_path):
     assert sum(line.endswith(": Media") for line in lines) > 100 and sum("MediaError" in line for line in lines) > 20
 
 
-@pytest.mark.parametrize("reader, code, told", [
-    ("lambda path: ctypes.string_at(0)", -11, "Segmentation fault"),
-    ("lambda path: time.sleep(60)", 1, "Timeout"),
-    ("lambda path: files.append(open(path))", 1, "AttributeError"),
-    ("lambda path: files.append(open(path)) or hov2.data.media.read_media(path)", 1, "a file was left open"),
-    ("lambda path: hov2.data.media.Media(None, None, torch.tensor([math.nan]))", 1, "not finite"),
-])
+@pytest.mark.parametrize(
+    "reader, code, told",
+    [
+        ("lambda path: ctypes.string_at(0)", -11, "Segmentation fault"),
+        ("lambda path: time.sleep(60)", 1, "Timeout"),
+        ("lambda path: files.append(open(path))", 1, "AttributeError"),
+        ("lambda path: files.append(open(path)) or hov2.data.media.read_media(path)", 1, "a file was left open"),
+        ("lambda path: hov2.data.media.Media(None, None, torch.tensor([math.nan]))", 1, "not finite"),
+    ],
+)
 def test_the_watchdog_bites(reader, code, told, good_clips, tmp_path):
     """A reader that crashes, hangs, leaks or returns nonsense is seen."""
-    script = ("import ctypes, math, sys, time, torch, hov2.data.media; files = []; sys.path.insert(0, sys.argv[1]); "
-              f"import media_mutations; media_mutations.main(sys.argv[2], 0, 1, [sys.argv[3]], {reader}, seconds=2)")
-    done = subprocess.run([sys.executable, "-c", script, str(HERE), str(tmp_path), str(good_clips[0])],
-                          cwd=HERE.parent, capture_output=True, text=True, timeout=100, check=False)
+    script = (
+        "import ctypes, math, sys, time, torch, hov2.data.media; files = []; sys.path.insert(0, sys.argv[1]); "
+        f"import media_mutations; media_mutations.main(sys.argv[2], 0, 1, [sys.argv[3]], {reader}, seconds=2)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(HERE), str(tmp_path), str(good_clips[0])],
+        cwd=HERE.parent,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
     assert done.returncode == code and told in done.stderr, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["0.mp4"], "the file that did it is kept"

@@ -27,9 +27,10 @@ def full_omni(tmp_path):
     tensors = {f"thinker.{key}": value for key, value in load_file(folder / "model.safetensors").items()}
     (folder / "model.safetensors").unlink()
     names = sorted(tensors)
-    shards = {"model-00001-of-00002.safetensors": {n: tensors[n] for n in names[:20]},
-              "model-00002-of-00002.safetensors": {n: tensors[n] for n in names[20:]} |
-                                                  {"talker.weight": torch.arange(5.0)}}
+    shards = {
+        "model-00001-of-00002.safetensors": {n: tensors[n] for n in names[:20]},
+        "model-00002-of-00002.safetensors": {n: tensors[n] for n in names[20:]} | {"talker.weight": torch.arange(5.0)},
+    }
     for file, content in shards.items():
         save_file(content, folder / file, metadata={"format": "pt"})
     index = {"metadata": {}, "weight_map": {name: file for file, content in shards.items() for name in content}}
@@ -77,14 +78,22 @@ def test_streamed_weights_equal_from_pretrained(tmp_path, layout, dtype):
             assert name == other and a.dtype == b.dtype and torch.equal(a, b), name
     inputs = random_inputs()
     prompt = Encoder(loaded, torch.device("cpu"))(inputs)
-    logits = loaded.lm_head(decode(loaded, embed(loaded, prompt.ids, prompt.visual, prompt.audio)[None],
-                                   prompt.position_ids[:, None], None))
-    features = {"pixel_values_videos": inputs.pixel_values.to(dtype), "video_grid_thw": inputs.shape.grid_thw,
-                "video_second_per_grid": torch.tensor([inputs.shape.second_per_grid]),
-                "input_features": inputs.mel[None].to(dtype),
-                "feature_attention_mask": torch.ones(1, inputs.mel.shape[1], dtype=torch.long)}
-    plain = expected(input_ids=inputs.prompt_ids[None], attention_mask=torch.ones(1, len(inputs.prompt_ids)),
-                     use_audio_in_video=False, **features).logits
+    logits = loaded.lm_head(
+        decode(loaded, embed(loaded, prompt.ids, prompt.visual, prompt.audio)[None], prompt.position_ids[:, None], None)
+    )
+    features = {
+        "pixel_values_videos": inputs.pixel_values.to(dtype),
+        "video_grid_thw": inputs.shape.grid_thw,
+        "video_second_per_grid": torch.tensor([inputs.shape.second_per_grid]),
+        "input_features": inputs.mel[None].to(dtype),
+        "feature_attention_mask": torch.ones(1, inputs.mel.shape[1], dtype=torch.long),
+    }
+    plain = expected(
+        input_ids=inputs.prompt_ids[None],
+        attention_mask=torch.ones(1, len(inputs.prompt_ids)),
+        use_audio_in_video=False,
+        **features,
+    ).logits
     assert torch.equal(logits, plain)
 
 
@@ -107,8 +116,10 @@ def test_a_hub_id_is_read_from_where_its_files_were_put(tmp_path, monkeypatch):
 def test_full_checkpoint_goes_back_into_a_full_one(full_omni, tmp_path):
     policy = changed_policy(full_omni)
     export(policy, tmp_path / "out", str(full_omni), torch.float32)
-    before, after = ({k: v for f in folder.glob("*.safetensors") for k, v in load_file(f).items()}
-                     for folder in (full_omni, tmp_path / "out"))
+    before, after = (
+        {k: v for f in folder.glob("*.safetensors") for k, v in load_file(f).items()}
+        for folder in (full_omni, tmp_path / "out")
+    )
     assert before.keys() == after.keys()
     assert {k for k in before if (before[k] != after[k]).any()} == {"thinker.lm_head.weight"}
     assert (tmp_path / "out" / "spk_dict.pt").read_bytes() == b"left as it is"
@@ -217,12 +228,16 @@ def test_lora_goes_on_the_layers_that_are_named(tmp_path):
         lora_policy(tmp_path, target_modules=["query"])
 
 
-@pytest.mark.parametrize("side", [1, 2, 3, 5])  # windows of two merged tokens by two: whole ones, and cut ones at the edges
+@pytest.mark.parametrize(
+    "side", [1, 2, 3, 5]
+)  # windows of two merged tokens by two: whole ones, and cut ones at the edges
 @pytest.mark.parametrize("kind", ["video", "image"])
 def test_towers_equal_transformers_own_with_windows_of_any_sizes(side, kind):
     inputs = random_inputs(side=side, mel_frames=230, frames=2 if kind == "image" else 6, kind=kind)
-    theirs, ours = (Encoder(thinker, torch.device("cpu"))(inputs)
-                    for thinker in (tiny_thinker(), use_hov2_attention(tiny_thinker())))
+    theirs, ours = (
+        Encoder(thinker, torch.device("cpu"))(inputs)
+        for thinker in (tiny_thinker(), use_hov2_attention(tiny_thinker()))
+    )
     for expected, found in ((theirs.visual, ours.visual), (theirs.audio, ours.audio)):
         assert expected.abs().max() > 0.01
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)

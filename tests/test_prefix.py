@@ -10,14 +10,20 @@ from hov2.model.logps import chunked_token_logps, token_logps
 from hov2.model.prefix import group_logps, pack
 from hov2.model.versions import checkpoint_activations, media_model_of
 
-CASES = {"video and sound": {}, "image and sound": {"kind": "image", "frames": 2}, "sound": {"frames": 0},
-         "video": {"mel_frames": 0}, "text": {"frames": 0, "mel_frames": 0}}
+CASES = {
+    "video and sound": {},
+    "image and sound": {"kind": "image", "frames": 2},
+    "sound": {"frames": 0},
+    "video": {"mel_frames": 0},
+    "text": {"frames": 0, "mel_frames": 0},
+}
 
 
 def both_ways(thinker, inputs, completions, temperature):
     """[(G, C)] the plain way and hov2's."""
-    plain = [torch.stack([separate_logps(thinker, i, row, temperature) for row in c])
-             for i, c in zip(inputs, completions)]
+    plain = [
+        torch.stack([separate_logps(thinker, i, row, temperature) for row in c]) for i, c in zip(inputs, completions)
+    ]
     encoder = Encoder(thinker, torch.device("cpu"))
     ours, _ = group_logps(thinker, [encoder(i) for i in inputs], completions, temperature, chunk=4)
     return plain, ours
@@ -52,8 +58,9 @@ def test_gradients_equal_separate_rows(checkpointing):
     largest = max(g.abs().max() for g in gradients[0].values())
     for name, expected in gradients[0].items():
         assert expected is not None, name
-        torch.testing.assert_close(gradients[1][name], expected, atol=float(largest) * 1e-5, rtol=0,
-                                   msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            gradients[1][name], expected, atol=float(largest) * 1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_interleaved_audio_positions_are_passed_on():
@@ -63,7 +70,7 @@ def test_interleaved_audio_positions_are_passed_on():
     # the time-aligned layout: both openings, video and audio tokens, both endings
     bos_v, eos_v = ids.index(thinker.config.vision_start_token_id), ids.index(thinker.config.vision_start_token_id) + 9
     bos_a, end = eos_v + 1, len(ids) - 5
-    middle = ids[bos_v + 1:eos_v] + ids[bos_a + 1:end - 1]
+    middle = ids[bos_v + 1 : eos_v] + ids[bos_a + 1 : end - 1]
     ids = ids[:bos_v] + [ids[bos_v], ids[bos_a]] + middle + [ids[end - 1], ids[eos_v]] + ids[end:]
     inputs.prompt_ids, inputs.shape.interleaved = torch.tensor(ids), True
     plain, ours = both_ways(thinker, [inputs], random_completions(1), temperature=1.0)
@@ -83,7 +90,7 @@ def test_positions_restart_after_the_prompt():
     thinker = use_hov2_attention(tiny_thinker())
     prompt = Encoder(thinker, torch.device("cpu"))(random_inputs())
     row = pack([prompt], [torch.zeros(2, 3, dtype=torch.long)])
-    after = row.position_ids[:, len(prompt.ids):]
+    after = row.position_ids[:, len(prompt.ids) :]
     first = int(prompt.position_ids.max()) + 1
     assert after.tolist() == [[first, first + 1, first + 2] * 2] * 3
 
@@ -94,8 +101,10 @@ def test_chunked_log_probs_equal_full_ones(chunk):
     hidden, weight = torch.randn(10, 8, generator=g), torch.randn(50, 8, generator=g)
     tokens = torch.randint(0, 50, (10,), generator=g)
     results = []
-    for function in (lambda h, w: (h @ w.T / 0.7).log_softmax(-1).gather(-1, tokens[:, None])[:, 0],
-                     lambda h, w: chunked_token_logps(h, w, tokens, 0.7, chunk)[0]):
+    for function in (
+        lambda h, w: (h @ w.T / 0.7).log_softmax(-1).gather(-1, tokens[:, None])[:, 0],
+        lambda h, w: chunked_token_logps(h, w, tokens, 0.7, chunk)[0],
+    ):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         logps = function(h, w)
         (logps * torch.arange(10)).sum().backward()

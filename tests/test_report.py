@@ -47,8 +47,11 @@ def test_records_are_those_of_the_dump_with_their_blocks(run):
     for record, wanted in zip(records, expected, strict=True):
         text = wanted["completions"][0]["text"]
         spans = {tag: text[start:end] for tag, (start, end) in record["completions"][0]["blocks"].items()}
-        assert spans == {"context": "<context>A man smiles.</context>", "think": "<think>He is joking.</think>",
-                         "answer": "<answer>B</answer>"}
+        assert spans == {
+            "context": "<context>A man smiles.</context>",
+            "think": "<think>He is joking.</think>",
+            "answer": "<answer>B</answer>",
+        }
         assert record["completions"][3].pop("blocks") == {}
         assert record["completions"][2]["rewards"]["context"] is None  # missing, not 0
         for completion in record["completions"]:
@@ -75,7 +78,9 @@ def test_a_clip_is_what_the_model_saw_and_heard(run):
 
 def test_sound_alone_and_an_image(tmp_path):
     sound = report.read_clip(str(DATA / "lena.opus"), MEDIA)
-    assert sound["frames"] == [] and decode(sound["sound"], "audio/webm").shape[1] / 48000 == pytest.approx(12.3, abs=0.2)
+    assert sound["frames"] == [] and decode(sound["sound"], "audio/webm").shape[1] / 48000 == pytest.approx(
+        12.3, abs=0.2
+    )
     image = report.read_clip(synth_clip(tmp_path / "still.png", size=84), MEDIA)
     assert "sound" not in image
     assert [decode(uri, "image/jpeg").shape for uri in image["frames"]] == [(report.THUMBNAIL, report.THUMBNAIL, 3)]
@@ -84,6 +89,7 @@ def test_sound_alone_and_an_image(tmp_path):
 def report_media():
     """The clip as training reads it."""
     from hov2.data.media import read_media
+
     return read_media(DATA / "bigbuckbunny.mp4", **{k: v for k, v in MEDIA.items() if k != "interleave_audio"})
 
 
@@ -110,8 +116,9 @@ def test_shown_steps_are_spread_evenly_when_not_all_fit(tmp_path):
 def test_prompts_of_a_step_are_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "MAX_PROMPTS", 2)
     write_run(tmp_path / "run", steps=0)
-    (tmp_path / "run/rollouts.jsonl").write_text("".join(
-        json.dumps(make_record(0, "none.mp4", name=f"clip/{n}")) + "\n" for n in range(4)))
+    (tmp_path / "run/rollouts.jsonl").write_text(
+        "".join(json.dumps(make_record(0, "none.mp4", name=f"clip/{n}")) + "\n" for n in range(4))
+    )
     packed = report.pack_rollouts(tmp_path / "run", 1e9)
     assert [record["sample"] for record in steps_of(packed)[0]] == ["clip/0", "clip/2"]
 
@@ -124,8 +131,16 @@ def test_the_last_line_of_a_run_that_is_still_writing_is_left_out(tmp_path):
 
 def test_every_metric_is_explained_by_the_docs():
     patterns = [names for names, _ in report.explanations()]
-    for metric in ("reward", "rewards/context/mean", "clip_ratio/high", "judge/faults/timeout", "time/update",
-                   "credit/total", "credit/logic", "kl"):
+    for metric in (
+        "reward",
+        "rewards/context/mean",
+        "clip_ratio/high",
+        "judge/faults/timeout",
+        "time/update",
+        "credit/total",
+        "credit/logic",
+        "kl",
+    ):
         assert sum(bool(re.search(pattern, f"`{metric}`")) for pattern in patterns) == 1, metric
 
 
@@ -145,14 +160,21 @@ def test_a_run_without_rollouts_and_clips_that_are_not_there(run, tmp_path):
     assert report.read_clip("/none.mp4", MEDIA) == {"error": "/none.mp4: no such file"}
 
 
-@pytest.mark.parametrize("name, text, message", [
-    ("other.txt", "", "no metrics.jsonl, rollouts.jsonl or results.txt"),
-    ("metrics.jsonl", "step 1\n", "metrics.jsonl: expected JSON, got b'step 1"),
-    ("rollouts.jsonl", '{"answer": 1}\n', "rollouts.jsonl: expected the records that train_grpo.py writes"),
-])
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("other.txt", "", "no metrics.jsonl, rollouts.jsonl or results.txt"),
+        ("metrics.jsonl", "step 1\n", "metrics.jsonl: expected JSON, got b'step 1"),
+        ("rollouts.jsonl", '{"answer": 1}\n', "rollouts.jsonl: expected the records that train_grpo.py writes"),
+    ],
+)
 def test_what_is_no_run_gives_one_line(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
-    done = subprocess.run([sys.executable, "-m", "hov2.tools.report", str(tmp_path), "-o", str(tmp_path / "page.html")],
-                          capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "hov2.tools.report", str(tmp_path), "-o", str(tmp_path / "page.html")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 1 and done.stderr.startswith(f"error: {tmp_path}") and message in done.stderr
     assert done.stderr.count("\n") == 1 and not (tmp_path / "page.html").exists()

@@ -16,7 +16,8 @@ webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not in
 WebDriverWait = pytest.importorskip("selenium.webdriver.support.wait").WebDriverWait
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="no chromium and chromedriver (Debian: apt-get install chromium chromium-driver)")
+    not (CHROMIUM and DRIVER), reason="no chromium and chromedriver (Debian: apt-get install chromium chromium-driver)"
+)
 GREEN, ORANGE, VIOLET = (0, 150, 110), (230, 95, 20), (120, 90, 220)
 OPACITY = 0.75
 
@@ -71,8 +72,15 @@ def press(browser, label):
     """Chooses what the tokens are tinted by."""
     browser.execute_script("document.querySelector('.tints').title = 'before'")
     next(button for button in find(browser, ".tints button") if button.text == label).click()
-    wait_for(browser, lambda: browser.execute_script(  # the group is drawn anew, also where nothing changes
-        "return document.querySelector('.tints:not([title]) [aria-pressed=true]')?.textContent") == label)
+    wait_for(
+        browser,
+        lambda: (
+            browser.execute_script(  # the group is drawn anew, also where nothing changes
+                "return document.querySelector('.tints:not([title]) [aria-pressed=true]')?.textContent"
+            )
+            == label
+        ),
+    )
 
 
 def views_of(completion):
@@ -103,16 +111,22 @@ def test_completions_show_scores_blocks_and_clipped_tokens(browser, page):
     first, _, third, fourth = show(browser, page)
     blocks = [[block.get_attribute("title") for block in find(article, ".block")] for article in (first, fourth)]
     assert blocks == [["context", "think", "answer", "outside"], ["outside"]]
-    cells = dict(zip((cell.text for cell in find(third, "th")), (row.find_element("css selector", "td").text
-                                                               for row in find(third, "tr"))))
+    cells = dict(
+        zip(
+            (cell.text for cell in find(third, "th")),
+            (row.find_element("css selector", "td").text for row in find(third, "tr")),
+        )
+    )
     assert cells["context"] == cells["A context"] == "missing"
     assert cells["logic"] == "0.2" and cells["A logic"] == "−0.25"
     record = make_record(0, "-")["completions"][2]
     assert cells["A full"] == "−0.1"
-    clipped, = find(browser, ".token.clipped")
+    (clipped,) = find(browser, ".token.clipped")
     assert clipped == find(third, ".token")[2]
     facts = clipped.get_attribute("data-facts").split("\n")
-    assert {f"id  {record['token_ids'][2]}", "ratio  0.3679", "clipped  true", "logp  −1.5", "credit/total  −0.35"} <= {*facts}
+    assert {f"id  {record['token_ids'][2]}", "ratio  0.3679", "clipped  true", "logp  −1.5", "credit/total  −0.35"} <= {
+        *facts
+    }
 
 
 def test_all_views_open_without_an_error_and_model_output_stays_text(browser, page):
@@ -126,8 +140,10 @@ def test_all_views_open_without_an_error_and_model_output_stays_text(browser, pa
         wanted = options[-1].get_attribute("value")
         options[-1].click()
         wait_for(browser, functools.partial(browser.execute_script, f"return String(chosen.{name}) === {wanted!r}"))
-    pieces = browser.execute_script("return [...document.querySelectorAll('article')[2].querySelectorAll('.token')]"
-                                    ".map(token => token.textContent).join('')")
+    pieces = browser.execute_script(
+        "return [...document.querySelectorAll('article')[2].querySelectorAll('.token')]"
+        ".map(token => token.textContent).join('')"
+    )
     assert pieces == make_record(0, "-")["completions"][2]["text"] and EVIL in pieces
     assert [image.get_property("naturalWidth") for image in find(browser, ".prompt img")] == 4 * [120]
     sound = browser.execute_async_script("""
@@ -162,8 +178,9 @@ def test_a_report_of_500_steps_is_below_20_mb_and_opens_within_2_seconds(browser
     with open(folder / "rollouts.jsonl", "w") as rollouts, open(folder / "metrics.jsonl", "w") as metrics:
         for step in range(500):
             metrics.write(json.dumps({"step": step} | {f"metric/{n}": (step * n % 7) / 3 for n in range(50)}) + "\n")
-            rollouts.writelines(line.replace("12345", str(step)).replace("NOISE", noise.bytes(3000).hex()) + "\n"
-                                for _ in range(8))
+            rollouts.writelines(
+                line.replace("12345", str(step)).replace("NOISE", noise.bytes(3000).hex()) + "\n" for _ in range(8)
+            )
     path = tmp_path / "report.html"
     path.write_text(report.make_report([folder]))
     assert 12e6 < path.stat().st_size < 20e6

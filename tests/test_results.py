@@ -23,8 +23,17 @@ from hov2.evaluation.results import (
 
 
 def answer(accuracy, parsed="A", **values):
-    return {"completion": f"<answer>{parsed}</answer>", "answer": parsed, "parsed": parsed, "accuracy": accuracy,
-            "exact": accuracy, "format": 1.0, "context": None, "no_answer": False, "truncated": False} | values
+    return {
+        "completion": f"<answer>{parsed}</answer>",
+        "answer": parsed,
+        "parsed": parsed,
+        "accuracy": accuracy,
+        "exact": accuracy,
+        "format": 1.0,
+        "context": None,
+        "no_answer": False,
+        "truncated": False,
+    } | values
 
 
 def record(name, accuracy=None, kind="multiple choice", samples=None, error=None, **values):
@@ -55,10 +64,17 @@ def test_interval_holds_the_truth_about_95_times_in_100():
     assert 180 <= hits <= 199
 
 
-@pytest.mark.parametrize("votes, elected", [
-    (["A", "B", "B"], 1), (["B", "A", "A", "B"], 0), ([None, None, "C"], 2), ([None, None], 0), (["A"], 0),
-    ([None, "A", None, "B", "B"], 3),
-])
+@pytest.mark.parametrize(
+    "votes, elected",
+    [
+        (["A", "B", "B"], 1),
+        (["B", "A", "A", "B"], 0),
+        ([None, None, "C"], 2),
+        ([None, None], 0),
+        (["A"], 0),
+        ([None, "A", None, "B", "B"], 3),
+    ],
+)
 def test_majority_takes_the_most_frequent_and_of_equals_the_first(votes, elected):
     assert majority(votes) == elected
 
@@ -73,8 +89,13 @@ def test_over_samples():
 
 
 def test_summary_of_single_answers():
-    records = [record("a", 1.0), record("b", 0.0, truncated=True), record("c", 0.5, "emer_ov_mc"),
-               record("d", None, "free-form"), record("e", error="e.mp4: no such file")]
+    records = [
+        record("a", 1.0),
+        record("b", 0.0, truncated=True),
+        record("c", 0.5, "emer_ov_mc"),
+        record("d", None, "free-form"),
+        record("e", error="e.mp4: no such file"),
+    ]
     summary = summarize(records)
     assert (summary["questions"], summary["answers"], summary["unreadable"], summary["unscored"]) == (5, 4, 1, 1)
     assert (summary["accuracy"], summary["truncated"], summary["no_answer"]) == (0.5, 1, 0)
@@ -90,9 +111,11 @@ def test_summary_of_single_answers():
 
 
 def test_summary_of_several_samples():
-    records = [record("a", samples=[answer(1.0, "A"), answer(0.0, "B"), answer(0.0, "B"), answer(0.0, "B")]),
-               record("b", samples=[answer(1.0, "C"), answer(1.0, "C"), answer(0.0, "D"), answer(1.0, "C")]),
-               record("c", error="c.mp4: broken")]
+    records = [
+        record("a", samples=[answer(1.0, "A"), answer(0.0, "B"), answer(0.0, "B"), answer(0.0, "B")]),
+        record("b", samples=[answer(1.0, "C"), answer(1.0, "C"), answer(0.0, "D"), answer(1.0, "C")]),
+        record("c", error="c.mp4: broken"),
+    ]
     summary = summarize(records)
     assert (summary["mean@4"], summary["pass@4"], summary["majority@4"]) == (0.5, 1.0, 0.5)
     assert summary["accuracy"] == summary["mean@4"] and summary["answers"] == 8 and summary["unreadable"] == 1
@@ -106,8 +129,9 @@ def test_summary_of_nothing_readable():
     assert "unreadable: 1" in format_summary(summary)
 
 
-@pytest.mark.parametrize("right, verdict", [(0, "too hard"), (1, "kept"), (5, "kept"), (6, "too easy"),
-                                            (8, "too easy")])
+@pytest.mark.parametrize(
+    "right, verdict", [(0, "too hard"), (1, "kept"), (5, "kept"), (6, "too easy"), (8, "too easy")]
+)
 def test_filter_bounds_are_open(right, verdict):
     samples = [answer(1.0)] * right + [answer(0.2)] * (8 - right)  # 0.2 is not above the threshold
     found = record("a", samples=samples)
@@ -126,17 +150,31 @@ def test_filter_leaves_out_what_is_missing():
 
 
 def test_comparison_names_what_changed():
-    first = [record("a", 1.0), record("b", 0.0), record("c", 0.0), record("c", 1.0), record("gone", 1.0),
-             record("e", error="e.mp4: broken")]
-    second = [record("c", 0.0), record("a", 1.0), record("b", 1.0, parsed="B"),
-              record("c", 0.0, parsed=None, answer=None), record("e", 1.0), record("new", 1.0)]
+    first = [
+        record("a", 1.0),
+        record("b", 0.0),
+        record("c", 0.0),
+        record("c", 1.0),
+        record("gone", 1.0),
+        record("e", error="e.mp4: broken"),
+    ]
+    second = [
+        record("c", 0.0),
+        record("a", 1.0),
+        record("b", 1.0, parsed="B"),
+        record("c", 0.0, parsed=None, answer=None),
+        record("e", 1.0),
+        record("new", 1.0),
+    ]
     found = compare(first, second)
     assert len(found["pairs"]) == 5 and (found["better"], found["worse"], found["difference"]) == (1, 1, 0.0)
     assert [a["id"] for a, _ in found["changed"]] == ["b", "c", "e"]
     assert found["only"] == [["gone"], ["new"]]
     protocol = {"model": "m", "system_prompt": "hov2", "seed": 0}
-    results = [{"protocol": protocol | {"model": name}, **summarize(records)}
-               for name, records in (("one", first), ("two", second))]
+    results = [
+        {"protocol": protocol | {"model": name}, **summarize(records)}
+        for name, records in (("one", first), ("two", second))
+    ]
     text = format_comparison(["runs/a", "runs/b"], results, [first, second])
     assert "A: runs/a\nB: runs/b\nmodel: A 'one', B 'two'\n" in text and "seed" not in text
     assert "of 5 questions in both, 1 are better in B, 1 worse; B - A: +0.000" in text
@@ -145,9 +183,15 @@ def test_comparison_names_what_changed():
 
 
 def test_protocol_in_one_line():
-    protocol = {"model": "m", "system_prompt": "none", "max_new_tokens": 64, "temperature": 0.0,
-                "media": {"max_frames": 32, "fps": 2.0, "max_pixels": 100352}}
-    assert format_protocol(protocol) == ("model m, system_prompt none, max_new_tokens 64, max_frames 32, fps 2.0, "
-                                         "max_pixels 100352, temperature 0.0")
+    protocol = {
+        "model": "m",
+        "system_prompt": "none",
+        "max_new_tokens": 64,
+        "temperature": 0.0,
+        "media": {"max_frames": 32, "fps": 2.0, "max_pixels": 100352},
+    }
+    assert format_protocol(protocol) == (
+        "model m, system_prompt none, max_new_tokens 64, max_frames 32, fps 2.0, max_pixels 100352, temperature 0.0"
+    )
     sampled = protocol | {"temperature": 0.9, "top_p": 1.0, "top_k": 50, "num_samples": 8, "seed": 0}
     assert format_protocol(sampled).endswith("temperature 0.9, top_p 1.0, top_k 50, num_samples 8, seed 0")

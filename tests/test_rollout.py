@@ -51,11 +51,18 @@ def test_greedy_equals_transformers_generate():
     media = [thinker.config.image_token_id, thinker.config.video_token_id, thinker.config.audio_token_id]
     ids = inputs.prompt_ids[None]
     theirs = thinker.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values_videos=inputs.pixel_values,
-        video_grid_thw=inputs.shape.grid_thw, video_second_per_grid=torch.tensor([inputs.shape.second_per_grid]),
-        input_features=inputs.mel[None], feature_attention_mask=torch.ones(1, inputs.mel.shape[1], dtype=torch.long),
-        do_sample=False, max_new_tokens=20, suppress_tokens=media,
-        eos_token_id=settings(thinker).stop_ids)[0, len(ids[0]):]
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        pixel_values_videos=inputs.pixel_values,
+        video_grid_thw=inputs.shape.grid_thw,
+        video_second_per_grid=torch.tensor([inputs.shape.second_per_grid]),
+        input_features=inputs.mel[None],
+        feature_attention_mask=torch.ones(1, inputs.mel.shape[1], dtype=torch.long),
+        do_sample=False,
+        max_new_tokens=20,
+        suppress_tokens=media,
+        eos_token_id=settings(thinker).stop_ids,
+    )[0, len(ids[0]) :]
     n = len(theirs)
     assert len(set(theirs.tolist())) > 3
     assert ours.completion_ids[0, :n].tolist() == theirs.tolist() == ours.completion_ids[1, :n].tolist()
@@ -67,12 +74,15 @@ def test_sampler_log_probs_equal_teacher_forced_ones():
         thinker.lm_head.weight *= 10  # far from uniform
     prompts = random_prompts(thinker, 2)
     for top_k in (0, 5):
-        rollouts = generate(thinker, prompts, 4, settings(thinker, temperature=0.9, top_k=top_k, logps=2), generators(2))
+        rollouts = generate(
+            thinker, prompts, 4, settings(thinker, temperature=0.9, top_k=top_k, logps=2), generators(2)
+        )
         logps, _ = group_logps(thinker, prompts, [r.completion_ids for r in rollouts], temperature=0.9)
         for rollout, expected in zip(rollouts, logps):
             assert rollout.completion_mask.sum() > 20
-            torch.testing.assert_close(rollout.sampling_logps * rollout.completion_mask,
-                                       expected * rollout.completion_mask, atol=2e-5, rtol=0)
+            torch.testing.assert_close(
+                rollout.sampling_logps * rollout.completion_mask, expected * rollout.completion_mask, atol=2e-5, rtol=0
+            )
 
 
 def test_a_prompt_gets_the_same_tokens_alone_and_beside_others(monkeypatch):
@@ -85,7 +95,9 @@ def test_a_prompt_gets_the_same_tokens_alone_and_beside_others(monkeypatch):
         alone = generate(thinker, [prompt], 4, settings(thinker, max_completion_length=40), generators(3)[i:])[0]
         assert alone.completion_ids.tolist() == together[i].completion_ids.tolist()
     monkeypatch.setattr(rollouts, "LEAVE_EVERY", 1000)  # nobody leaves
-    for a, b in zip(together, generate(thinker, prompts, 4, settings(thinker, max_completion_length=40), generators(3))):
+    for a, b in zip(
+        together, generate(thinker, prompts, 4, settings(thinker, max_completion_length=40), generators(3))
+    ):
         assert a.completion_ids.tolist() == b.completion_ids.tolist()
 
 
@@ -96,14 +108,26 @@ def test_stop_at_answer_cuts_the_same_tokens_after_the_tag():
     pieces = ["</", ".</", "<", "/", "answer", "answ", "e", "r", ">", "><"]
     others = torch.tensor(sorted(set(vocab.values()) - {vocab[piece] for piece in pieces}))
     prompts = random_prompts(thinker, 2)
-    whole, cut = ([row for rollout in generate(
-        thinker, prompts, 8, dataclasses.replace(settings(thinker, max_completion_length=200, stop_at_answer=stop),
-                                                 suppressed_ids=others), generators(2))
-        for row in zip(completion_tokens(tiny_tokenizer(), rollout), rollout.truncated.tolist())] for stop in (False, True))
+    whole, cut = (
+        [
+            row
+            for rollout in generate(
+                thinker,
+                prompts,
+                8,
+                dataclasses.replace(
+                    settings(thinker, max_completion_length=200, stop_at_answer=stop), suppressed_ids=others
+                ),
+                generators(2),
+            )
+            for row in zip(completion_tokens(tiny_tokenizer(), rollout), rollout.truncated.tolist())
+        ]
+        for stop in (False, True)
+    )
     ends = set()
     for (long, _), (short, truncated) in zip(whole, cut):
-        n = next((n for n in range(len(long)) if b"</answer>" in b"".join(long[:n + 1])), None)
-        assert short == (long if n is None else long[:n + 1]) and truncated == (n is None)
+        n = next((n for n in range(len(long)) if b"</answer>" in b"".join(long[: n + 1])), None)
+        assert short == (long if n is None else long[: n + 1]) and truncated == (n is None)
         ends.add(None if n is None else short[-1])
     assert ends == {None, b">", b"><"}
 
@@ -113,11 +137,12 @@ def test_mask_ends_with_the_first_stop_token():
     stops = settings(thinker).stop_ids
     sampling = settings(thinker, max_completion_length=40)
     for rollout in generate(thinker, random_prompts(thinker, 3), 4, sampling, generators(3)):
-        for ids, mask, cut in zip(rollout.completion_ids.tolist(), rollout.completion_mask.tolist(),
-                                  rollout.truncated.tolist()):
+        for ids, mask, cut in zip(
+            rollout.completion_ids.tolist(), rollout.completion_mask.tolist(), rollout.truncated.tolist()
+        ):
             n = sum(mask)
             assert mask == [True] * n + [False] * (len(mask) - n)
-            assert not any(i in stops for i in ids[:n - 1])
+            assert not any(i in stops for i in ids[: n - 1])
             assert (ids[n - 1] in stops) != cut
 
 
@@ -125,8 +150,12 @@ def test_media_placeholders_and_unknown_rows_are_never_sampled():
     thinker = use_hov2_attention(tiny_thinker(vocab=420))
     sampling = settings(thinker, temperature=5.0)
     config = thinker.config
-    forbidden = {config.image_token_id, config.video_token_id, config.audio_token_id,
-                 *range(len(tiny_tokenizer()), 420)}
+    forbidden = {
+        config.image_token_id,
+        config.video_token_id,
+        config.audio_token_id,
+        *range(len(tiny_tokenizer()), 420),
+    }
     assert set(sampling.suppressed_ids.tolist()) == forbidden
     logits = torch.zeros(5000, 420)
     tokens = _sample(logits, sampling, sampling.suppressed_ids, noise(5000))
@@ -182,10 +211,16 @@ def test_all_forms_of_decoding_give_the_same_tokens(monkeypatch, decoding, tempe
 def test_what_is_sampled_in_bfloat16_is_what_is_trained(decoding):
     """Four layers of the 7B's sizes, key biases as large as real ones: with scores in bfloat16 the KL would be 6e-2."""
     config = copy.deepcopy(tiny_thinker().config)
-    for name, value in {"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "vocab_size": 2048,
-                        "num_key_value_heads": 4, "num_hidden_layers": 4, "layer_types": ["full_attention"] * 4,
-                        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6,
-                                            "mrope_section": [16, 24, 24]}}.items():
+    for name, value in {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_attention_heads": 28,
+        "vocab_size": 2048,
+        "num_key_value_heads": 4,
+        "num_hidden_layers": 4,
+        "layer_types": ["full_attention"] * 4,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    }.items():
         setattr(config.text_config, name, value)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -196,8 +231,11 @@ def test_what_is_sampled_in_bfloat16_is_what_is_trained(decoding):
         thinker.lm_head.weight *= 2.4
     ids = torch.randint(0, 300, (256,), generator=torch.Generator().manual_seed(1))
     prompt = Prompt(ids, torch.arange(256).expand(3, -1), None, None)
-    sampling = dataclasses.replace(settings(thinker, max_completion_length=24, temperature=0.9, top_k=50, logps=1),
-                                   stop_ids=[-1], decoding=decoding)
+    sampling = dataclasses.replace(
+        settings(thinker, max_completion_length=24, temperature=0.9, top_k=50, logps=1),
+        stop_ids=[-1],
+        decoding=decoding,
+    )
     rollout = generate(thinker, [prompt], 8, sampling, generators(1))[0]
     with torch.no_grad():
         logps = group_logps(thinker, [prompt], [rollout.completion_ids], 0.9)[0][0]
@@ -215,13 +253,17 @@ def test_where_no_graph_can_be_captured_decoding_says_so_once_and_goes_on(monkey
     assert capsys.readouterr().out.count("decoding goes on without a CUDA graph, slower: ") == 1
 
 
-@pytest.mark.parametrize("alive, worth, expected", [
-    ([[1, 1], [1, 1]], 1.0, None),  # nobody has ended
-    ([[0, 1], [1, 1]], 1.0, None),  # the second prompt still needs two rows
-    ([[0, 1], [1, 0]], 1.0, {0: [1], 1: [0]}),
-    ([[0, 1], [0, 0]], 1.0, {0: [1]}),  # a prompt leaves
-    ([[0, 0, 1], [1, 1, 0]], 1.0, {0: [0, 2], 1: [0, 1]}),  # one that has ended stays beside one that hasn't
-    ([[0, 0, 1], [1, 1, 0]], 0.6, None),  # two thirds of the rows would stay: not worth a new graph
-    ([[0, 0, 1], [1, 1, 0]], 0.75, {0: [0, 2], 1: [0, 1]})])
+@pytest.mark.parametrize(
+    "alive, worth, expected",
+    [
+        ([[1, 1], [1, 1]], 1.0, None),  # nobody has ended
+        ([[0, 1], [1, 1]], 1.0, None),  # the second prompt still needs two rows
+        ([[0, 1], [1, 0]], 1.0, {0: [1], 1: [0]}),
+        ([[0, 1], [0, 0]], 1.0, {0: [1]}),  # a prompt leaves
+        ([[0, 0, 1], [1, 1, 0]], 1.0, {0: [0, 2], 1: [0, 1]}),  # one that has ended stays beside one that hasn't
+        ([[0, 0, 1], [1, 1, 0]], 0.6, None),  # two thirds of the rows would stay: not worth a new graph
+        ([[0, 0, 1], [1, 1, 0]], 0.75, {0: [0, 2], 1: [0, 1]}),
+    ],
+)
 def test_rows_leave_when_it_is_worth_it(alive, worth, expected):
     assert rollouts._rows_to_keep(alive, worth) == expected

@@ -23,8 +23,11 @@ def lab(tmp_path_factory):
     tiny_thinker(layers=4, hidden=128, vocab=403).bfloat16().save_pretrained(lab / "model")
     tiny_tokenizer().save_pretrained(lab / "model")
     launch(lab, 1, {"full-1": FULL, "lora-1": LORA})
-    launch(lab, 2, {"full-2": FULL, "lora-2": LORA, "cpu-2": {"optimizer_states": "cpu"},
-                    "bfloat16-2": {"dtype": "bfloat16"}})
+    launch(
+        lab,
+        2,
+        {"full-2": FULL, "lora-2": LORA, "cpu-2": {"optimizer_states": "cpu"}, "bfloat16-2": {"dtype": "bfloat16"}},
+    )
     launch(lab, 4, {"full-4": {"shard_within_node": True}, "lora-4": LORA | {"shard_within_node": True}}, node=2)
     return lab
 
@@ -33,10 +36,24 @@ def launch(lab, processes, runs, node=None):
     """Runs them under torchrun; `node` is how many processes of those count as one node."""
     (lab / "runs.json").write_text(json.dumps(list(runs.items())))
     script = Path(__file__).with_name("sharding_runs.py")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-                           str(processes), str(script), str(lab / "runs.json"), str(node or processes)],
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=280,
-                          check=False)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            str(processes),
+            str(script),
+            str(lab / "runs.json"),
+            str(node or processes),
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
 
 

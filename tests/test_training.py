@@ -23,23 +23,50 @@ def lab(tmp_path_factory):
     tiny_thinker(layers=2).save_pretrained(lab / "model")
     tiny_tokenizer().save_pretrained(lab / "model")
     write_data(lab)
-    base = {"model": str(lab / "model"), "data": [{"path": str(lab / "data.jsonl")}], "output_dir": "",
-            "max_steps": STEPS, "num_train_epochs": 2, "learning_rate": 1e-4, "media": {"fps": 4, "max_frames": 4},
-            "prompts": None}
-    grpo = base | {"prompts_per_step": 4, "num_generations": 4, "num_iterations": 2, "max_completion_length": 10,
-                   "top_k": 0, "reward_weights": {"format": 1.0, "accuracy": 1.0, "context": 1.0},
-                   "judge": {"url": "http://stand-in"}}
+    base = {
+        "model": str(lab / "model"),
+        "data": [{"path": str(lab / "data.jsonl")}],
+        "output_dir": "",
+        "max_steps": STEPS,
+        "num_train_epochs": 2,
+        "learning_rate": 1e-4,
+        "media": {"fps": 4, "max_frames": 4},
+        "prompts": None,
+    }
+    grpo = base | {
+        "prompts_per_step": 4,
+        "num_generations": 4,
+        "num_iterations": 2,
+        "max_completion_length": 10,
+        "top_k": 0,
+        "reward_weights": {"format": 1.0, "accuracy": 1.0, "context": 1.0},
+        "judge": {"url": "http://stand-in"},
+    }
     (lab / "sft.json").write_text(json.dumps(base | {"samples_per_step": 4}))
     (lab / "grpo.json").write_text(json.dumps(grpo))
     (lab / "broken.mp4").write_bytes(b"no clip")
     write_data(lab, "held_out.jsonl", broken=5)
-    evaluation = {"model": base["model"], "output_dir": "", "data": [{"path": str(lab / "held_out.jsonl")}],
-                  "media": base["media"], "max_new_tokens": 6, "batch_size": 3}
+    evaluation = {
+        "model": base["model"],
+        "output_dir": "",
+        "data": [{"path": str(lab / "held_out.jsonl")}],
+        "media": base["media"],
+        "max_new_tokens": 6,
+        "batch_size": 3,
+    }
     (lab / "eval.json").write_text(json.dumps(evaluation))
     launch(lab, 1, single_process_runs(lab))
     killed_after_two_steps(lab, "token-1", "1-to-2")
-    launch(lab, 2, [run(lab, "eval", "eval-2"), run(lab, "sft", "sft-2"), run(lab, "grpo", "1-to-2", "resume=auto"),
-                    *(run(lab, "grpo", f"{kind}-2", f"loss_type={kind}", "save_steps=1") for kind in LOSSES)])
+    launch(
+        lab,
+        2,
+        [
+            run(lab, "eval", "eval-2"),
+            run(lab, "sft", "sft-2"),
+            run(lab, "grpo", "1-to-2", "resume=auto"),
+            *(run(lab, "grpo", f"{kind}-2", f"loss_type={kind}", "save_steps=1") for kind in LOSSES),
+        ],
+    )
     return lab
 
 
@@ -48,15 +75,28 @@ LOSSES = ("token", "grpo", "dr_grpo")
 
 def single_process_runs(lab):
     held_out = json.dumps([{"path": str(lab / "held_out.jsonl")}])
-    runs = [run(lab, "eval", "eval-1"),
-            run(lab, "sft", "held-out", f"eval_data={held_out}", "eval_steps=2", "eval_max_new_tokens=6"),
-            run(lab, "sft", "sft-1"), run(lab, "sft", "sft-batch", "per_device_train_batch_size=4"),
-            run(lab, "sft", "sft-prompt", "train_on_prompt=true", "max_steps=1")]
+    runs = [
+        run(lab, "eval", "eval-1"),
+        run(lab, "sft", "held-out", f"eval_data={held_out}", "eval_steps=2", "eval_max_new_tokens=6"),
+        run(lab, "sft", "sft-1"),
+        run(lab, "sft", "sft-batch", "per_device_train_batch_size=4"),
+        run(lab, "sft", "sft-prompt", "train_on_prompt=true", "max_steps=1"),
+    ]
     for kind in LOSSES:
         runs.append(run(lab, "grpo", f"{kind}-1", f"loss_type={kind}", "save_steps=1"))
         runs.append(run(lab, "grpo", f"{kind}-batch", f"loss_type={kind}", "per_device_train_batch_size=3"))
-    runs.append(run(lab, "grpo", "switches", "beta=0.0", "scale_rewards=true", "credit=released",
-                    "max_steps=1", "gate_threshold=0.4"))
+    runs.append(
+        run(
+            lab,
+            "grpo",
+            "switches",
+            "beta=0.0",
+            "scale_rewards=true",
+            "credit=released",
+            "max_steps=1",
+            "gate_threshold=0.4",
+        )
+    )
     runs.append(run(lab, "grpo", "masked", "mask_truncated_completions=true", "max_steps=1", "max_completion_length=1"))
     runs.append(run(lab, "grpo", "token-chunks", "completions_per_forward=3", "profile_steps=[1]"))
     runs.append(run(lab, "grpo", "counted", "max_steps=1", "num_iterations=1", "per_device_train_batch_size=2"))
@@ -72,11 +112,21 @@ def run(lab, script, name, *overrides):
 def launch(lab, processes, runs):
     """Runs them all under torchrun (or plainly, for one process); a failure shows the output."""
     (lab / "runs.json").write_text(json.dumps(runs))
-    launcher = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                                        "--nproc_per_node", str(processes)]
+    launcher = (
+        [sys.executable]
+        if processes == 1
+        else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    )
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([*launcher, str(ROOT / "tests" / "train_runs.py"), str(lab / "runs.json")], cwd=ROOT,
-                          env=environment, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(
+        [*launcher, str(ROOT / "tests" / "train_runs.py"), str(lab / "runs.json")],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout
 
@@ -86,10 +136,15 @@ def write_data(lab, name="data.jsonl", broken=None):
     records = []
     for i in range(8):
         kind = ("video", "video", "image", "text")[i % 4]
-        record = {"id": f"s{i}", "problem": "What does the speaker intend?" + " Well?" * i,
-                  "problem_type": "multiple choice", "options": ["A. joke", "B. threat"], "data_type": kind,
-                  "solution": f"<context>A man smiles {i}.</context><think>He is joking.</think>"
-                              f"<answer>{'AB'[i % 2]}</answer>"}
+        record = {
+            "id": f"s{i}",
+            "problem": "What does the speaker intend?" + " Well?" * i,
+            "problem_type": "multiple choice",
+            "options": ["A. joke", "B. threat"],
+            "data_type": kind,
+            "solution": f"<context>A man smiles {i}.</context><think>He is joking.</think>"
+            f"<answer>{'AB'[i % 2]}</answer>",
+        }
         if kind == "video":
             synth_clip(lab / f"{i}.mp4", sound=i % 4 == 0, seed=i)
             record["path"] = "broken.mp4" if i == broken else f"{i}.mp4"
@@ -229,8 +284,16 @@ def test_dump_holds_every_token_with_its_credit(lab):
             n = len(completion["token_ids"])
             assert completion["token_ends"][-1] == len(completion["text"])
             assert {len(values) for values in completion["tokens"].values()} == {n}
-            assert {"logp", "old_logp", "ref_logp", "ratio", "kl", "clipped", "credit/full",
-                    "credit/context"} <= completion["tokens"].keys()
+            assert {
+                "logp",
+                "old_logp",
+                "ref_logp",
+                "ratio",
+                "kl",
+                "clipped",
+                "credit/full",
+                "credit/context",
+            } <= completion["tokens"].keys()
     full = [c["tokens"]["credit/full"][0] for c in records[0]["completions"]]
     assert abs(sum(full)) < 1e-4 and max(full) > 0  # rewards minus their mean
 
@@ -284,18 +347,28 @@ def test_held_out_questions_are_asked_on_time_and_the_best_kept(lab):
     assert (best["lm_head.weight"] != final["lm_head.weight"]).any()  # of equals, the first is kept
 
 
-@pytest.mark.parametrize("overrides, message", [
-    (["num_generation=4"], "unknown key 'num_generation'; did you mean 'num_generations'?"),
-    (["judge.url=http://127.0.0.1:9/v1", "judge.max_retries=0"], "no judge at http://127.0.0.1:9/v1"),
-    (["model=nowhere/at/all"], "nowhere/at/all: no such folder"),
-    (['data=[{"path": "nowhere.jsonl"}]'], "nowhere.jsonl: no such data file"),
-])
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["num_generation=4"], "unknown key 'num_generation'; did you mean 'num_generations'?"),
+        (["judge.url=http://127.0.0.1:9/v1", "judge.max_retries=0"], "no judge at http://127.0.0.1:9/v1"),
+        (["model=nowhere/at/all"], "nowhere/at/all: no such folder"),
+        (['data=[{"path": "nowhere.jsonl"}]'], "nowhere.jsonl: no such data file"),
+    ],
+)
 def test_bad_input_ends_a_script_with_one_clear_line(lab, overrides, message):
     if "judge" not in message:
         overrides = [*overrides, "judge=null", 'reward_weights={"format": 1, "accuracy": 1}']
     command = [sys.executable, "train_grpo.py", str(lab / "grpo.json"), f"output_dir={lab / 'bad'}", *overrides]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True,
-                          timeout=120, check=False)
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and message in errors[0] and "Traceback" not in done.stderr

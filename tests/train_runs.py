@@ -68,8 +68,11 @@ def count_work(counts):
     counted(rollout, "_prefill", lambda thinker, prompts, *_: sum(len(prompt.ids) for prompt in prompts))
     counted(prefix, "chunked_token_logps", lambda hidden, *_: len(hidden))
     counted(train_grpo, "load_reference", lambda config, *_: bool(config.beta))
-    counted(train_grpo, "items_of_step", lambda groups, _: [
-        [len(group.prompt.ids), group.rollout.completion_ids.numel()] for group in groups])
+    counted(
+        train_grpo,
+        "items_of_step",
+        lambda groups, _: [[len(group.prompt.ids), group.rollout.completion_ids.numel()] for group in groups],
+    )
     counted(HashScorer, "submit", lambda *_: 1)
     counted(HashScorer, "wait_for_scores", lambda *_: 1)
 
@@ -85,8 +88,11 @@ if __name__ == "__main__":
     device = distributed.setup()  # once: a process can't reliably join a torchrun group twice
     distributed.setup, distributed.cleanup = lambda _: device, lambda: None
     for script, config, overrides in json.loads(Path(sys.argv[1]).read_text()):
-        module, kind = {"sft": (train_sft, SFTConfig), "grpo": (train_grpo, GRPOConfig),
-                        "eval": (evaluate, EvalConfig)}[script]
+        module, kind = {
+            "sft": (train_sft, SFTConfig),
+            "grpo": (train_grpo, GRPOConfig),
+            "eval": (evaluate, EvalConfig),
+        }[script]
         config, counts = load_config(kind, config, overrides), []
         if config.output_dir.endswith("counted"):  # the last runs: the counting is not undone
             count_work(counts)

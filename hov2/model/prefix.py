@@ -118,7 +118,8 @@ def _segment_attention(segment: Segment, query: Tensor, key: Tensor, value: Tens
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Compute causal attention with key-value heads that several query heads share.
 
-    The queries are the last of the keys' row: query (B, heads, C, hd), key and value (B, kv heads, L, hd) with L >= C: query number i sees keys up to L - C + i.
+    The queries are the last of the keys' row: of query (B, heads, C, hd), key and value (B, kv heads, L, hd) with
+    L >= C, query number i sees keys up to L - C + i.
     """
     if query.is_cuda and query.dtype == torch.float32:  # no flash kernel, and none of the others shares heads
         shared_by = query.shape[1] // key.shape[1]
