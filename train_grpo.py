@@ -31,28 +31,29 @@ from hov2 import distributed, toy
 from hov2.config import GRPOConfig
 from hov2.data.loader import PromptOrder, StepLoader
 from hov2.data.samples import Sample, read_samples
+from hov2.distributed import Means
 from hov2.engine import optim
 from hov2.engine.checkpoint import Checkpoints
 from hov2.engine.guard import Guard, heartbeat
 from hov2.engine.log import MetricsLog, RolloutDump, Timer, traced
-from hov2.engine.setup import command, print0, report_derived, start
+from hov2.engine.setup import Run, command, print0, report_derived, start
 from hov2.evaluation.evaluator import HeldOut
 from hov2.grpo import (
     apply_gate,
-    credit,
     full_reward,
     grpo_loss,
     kl_coef,
     masked_mean,
     reward_advantages,
     sampling_kl,
+    token_advantages,
     token_terms,
 )
 from hov2.model.encoder import Prompt
 from hov2.model.lora import adapters_off
 from hov2.model.prefix import group_logps
-from hov2.model.rollout import Rollout, generate, make_generator, sampling_for
-from hov2.model.thinker import load_reference, set_training
+from hov2.model.rollout import Rollout, Sampling, generate, make_generator, sampling_for
+from hov2.model.thinker import Policy, load_reference, set_training
 from hov2.model.weights import export
 from hov2.scoring import Score, Scorer
 from hov2.spans import completion_texts, completion_tokens, find_block, span_masks, text_offsets
@@ -82,7 +83,10 @@ class Group:
     logps: Tensor | None = None  # (G, C), of the latest update
 
 
-def main(config):
+Batch = list[tuple[Group, slice]]  # what goes through the model at a time: some rows of a few groups
+
+
+def main(config: GRPOConfig) -> None:
     """Trains for the config's steps, then exports the model to `output_dir/model`."""
     device = distributed.setup(config.device)
     with distributed.rank_zero_first():
@@ -108,7 +112,7 @@ def main(config):
     first = checkpoints.resume()
     log = MetricsLog(config.output_dir, distributed.rank(), config.report_to, steps, first)
     dump = RolloutDump(config.output_dir, distributed.rank(), first)
-    scorer, timer, means = Scorer(run.judge, config.format, heartbeat=heartbeat), Timer(), distributed.Means()
+    scorer, timer, means = Scorer(run.judge, config.format, heartbeat=heartbeat), Timer(), Means()
     guard = Guard(config, first, log.history)
     print0(scorer.note(samples))
     sampling = sampling_for(
@@ -180,13 +184,13 @@ def main(config):
 
         # --- 6. Advantages: which reward reaches which token ----------------------------------------------------------
         advantages = reward_advantages(
-            rewards, config.reward_weights, scale_rewards=config.scale_rewards, credit=config.credit
+            rewards, config.reward_weights, scale_rewards=config.scale_rewards, judged_advantage=config.judged_advantage
         )
         for i, group in enumerate(groups):
-            masks = completion_masks(group, config.credit)
+            masks = completion_masks(group, config.span)
             of_group = {reach: of_groups[i].to(device) for reach, of_groups in advantages.items()}
             group.credits = {reach: of_group[reach][:, None] * masks[reach] for reach in of_group}
-            group.advantages = credit(of_group, masks)
+            group.advantages = token_advantages(of_group, masks)
 
         # --- 7. Update: the same rollouts, num_iterations times -------------------------------------------------------
         num_items = items_of_step(groups, config)
@@ -258,7 +262,7 @@ def main(config):
     distributed.cleanup()
 
 
-def sample_completions(run, groups, sampling, step):
+def sample_completions(run: Run, groups: list[Group], sampling: Sampling, step: int) -> None:
     """Fills each group's rollout, texts and tokens. Random numbers come from (seed, step, sample and its slot)."""
     config = run.config
     prompts = [group.prompt for group in groups]
@@ -276,9 +280,9 @@ def sample_completions(run, groups, sampling, step):
         group.ref_logps = ref_logps if config.beta else None
 
 
-def micro_batches(groups, config):
+def micro_batches(groups: list[Group], config: GRPOConfig) -> list[Batch]:
     """What goes through the model at a time: lists of (group, rows), some or all completions of a few groups."""
-    n, g = config.per_device_train_batch_size, config.num_generations
+    n, g = config.prompts_per_forward, config.num_generations
     k = config.completions_per_forward or g
     return [
         [(group, slice(row, row + k)) for group in groups[i : i + n]]
@@ -287,7 +291,7 @@ def micro_batches(groups, config):
     ]
 
 
-def forward(policy, batch, config):
+def forward(policy: Policy, batch: Batch, config: GRPOConfig) -> list[list[Tensor]]:
     """Log-probs and entropies of a batch's completions under `policy`: two lists of (rows, C), zero on padding."""
     lengths = [max(len(tokens) for tokens in group.token_bytes[rows]) for group, rows in batch]
     completions = [group.rollout.completion_ids[rows, :length] for (group, rows), length in zip(batch, lengths)]
@@ -299,7 +303,7 @@ def forward(policy, batch, config):
 
 
 @torch.no_grad()
-def reference_logps(reference, batches, config):
+def reference_logps(reference: Policy | None, batches: list[Batch], config: GRPOConfig) -> None:
     """Fills each group's reference log-probs; nothing to do without a reference (beta 0)."""
     if reference is None:
         return
@@ -311,9 +315,9 @@ def reference_logps(reference, batches, config):
     distributed.reshard(reference)
 
 
-def completion_masks(group, rule):
+def completion_masks(group: Group, span: str) -> dict[str, Tensor]:
     """For each reach, which tokens it covers: {"full", "context", "logic"} of (G, C), zero on padding."""
-    rows = [span_masks(tokens, rule) for tokens in group.token_bytes]
+    rows = [span_masks(tokens, span) for tokens in group.token_bytes]
     width, device = group.mask.shape[1], group.mask.device
     return {
         name: torch.stack([F.pad(row[name], (0, width - len(row[name]))) for row in rows]).to(device)
@@ -321,14 +325,14 @@ def completion_masks(group, rule):
     }
 
 
-def items_of_step(groups, config):
-    """What the loss is divided by: the whole step's completion tokens (`token`), or its completions."""
-    if config.loss_type != "token":
+def items_of_step(groups: list[Group], config: GRPOConfig) -> Tensor | int:
+    """What the loss is divided by: the whole step's completion tokens (`dapo`), or its completions."""
+    if config.loss_type != "dapo":
         return config.prompts_per_step * config.num_generations
     return distributed.global_sum(sum(group.mask.sum() for group in groups)).clamp(min=1)
 
 
-def log_scores(means, groups, rewards):
+def log_scores(means: Means, groups: list[Group], rewards: dict[str, Tensor]) -> None:
     """The metrics of the completions and of each reward as it was scored."""
     for name, values in rewards.items():
         means.add(f"rewards/{name}/mean", values)
@@ -340,7 +344,9 @@ def log_scores(means, groups, rewards):
             means.add(f"spans/{tag}_found", [find_block(text, tag) is not None for text in group.texts])
 
 
-def log_update(means, group, rows, metrics, entropy, first):
+def log_update(
+    means: Means, group: Group, rows: slice, metrics: dict[str, Tensor], entropy: Tensor, first: bool
+) -> None:
     """The metrics of one forward pass over a group's `rows`; each token counts the same."""
     mask = group.mask[rows]
     metrics = metrics | {"entropy": masked_mean(entropy, mask)}
@@ -350,7 +356,7 @@ def log_update(means, group, rows, metrics, entropy, first):
         means.add(name, value, weight=mask.sum())
 
 
-def log_rewards(means, full):
+def log_rewards(means: Means, full: Tensor) -> None:
     """The metrics of R_full (groups, G), as it is trained on."""
     means.add("reward", full)
     for row in full:
@@ -360,7 +366,7 @@ def log_rewards(means, full):
             means.add("frac_reward_zero_std", float(present.max() == present.min()))
 
 
-def dump_record(step, group, config):
+def dump_record(step: int, group: Group, config: GRPOConfig) -> dict:
     """One line of rollouts.jsonl: the prompt's sample, and each completion with all that happened to its tokens."""
     terms = token_terms(
         group.logps,
@@ -413,7 +419,7 @@ def dump_record(step, group, config):
     }
 
 
-def rounded(values):
+def rounded(values: Tensor) -> list:
     """A tensor's values as plain numbers, floats to 5 places."""
     return [round(value, 5) if isinstance(value, float) else value for value in values.tolist()]
 

@@ -10,6 +10,7 @@ batches together: one global count, so that the result doesn't depend on how the
 import math
 
 import torch
+from torch import Tensor
 
 from hov2 import distributed, toy
 from hov2.config import SFTConfig
@@ -20,14 +21,15 @@ from hov2.engine import optim
 from hov2.engine.checkpoint import Checkpoints
 from hov2.engine.guard import Guard
 from hov2.engine.log import MetricsLog, Timer, traced
-from hov2.engine.setup import command, print0, report_derived, start
+from hov2.engine.setup import Run, command, print0, report_derived, start
 from hov2.evaluation.evaluator import HeldOut
+from hov2.model.encoder import Prompt
 from hov2.model.prefix import conversation_logps, group_logps
-from hov2.model.thinker import set_training
+from hov2.model.thinker import Policy, set_training
 from hov2.model.weights import export
 
 
-def main(config):
+def main(config: SFTConfig) -> None:
     """Trains for the config's steps, then exports the model to `output_dir/model`."""
     device = distributed.setup(config.device)
     with distributed.rank_zero_first():
@@ -69,7 +71,7 @@ def main(config):
         set_training(policy, True, config.gradient_checkpointing)
         with timer("update"):
             num_items = distributed.global_sum(sum(count_labels(run, *item) for item in batch)).item()
-            n = config.per_device_train_batch_size
+            n = config.prompts_per_forward
             micro_batches = [batch[i : i + n] for i in range(0, len(batch), n)]
             for micro_batch in micro_batches:
                 policy.set_requires_gradient_sync(micro_batch is micro_batches[-1])
@@ -111,7 +113,7 @@ def main(config):
     distributed.cleanup()
 
 
-def label_logps(policy, micro_batch, config):
+def label_logps(policy: Policy, micro_batch: list[tuple[Prompt, Tensor]], config: SFTConfig) -> Tensor:
     """Log-probs of all tokens that are trained on in a few samples, one flat tensor."""
     prompts, completions = map(list, zip(*micro_batch))
     if config.train_on_prompt:
@@ -121,7 +123,7 @@ def label_logps(policy, micro_batch, config):
     return torch.cat([of_sample.flatten() for of_sample in logps])
 
 
-def count_labels(run, prompt, completion):
+def count_labels(run: Run, prompt: Prompt, completion: Tensor) -> Tensor:
     """How many tokens of one sample are trained on: the assistant's, or all text but the first (`train_on_prompt`)."""
     count = torch.tensor(completion.numel(), device=completion.device)
     if run.config.train_on_prompt:

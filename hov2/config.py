@@ -164,7 +164,7 @@ class SFTConfig(TrainConfig):
     num_train_epochs: float = 2.0
     learning_rate: float = 2e-5
     samples_per_step: int = 32  # of all ranks together
-    per_device_train_batch_size: int = 1  # samples in one forward pass of one rank
+    prompts_per_forward: int = 1  # samples in one forward pass of one rank
     train_on_prompt: bool = False  # true: the released rule, every text token of the conversation
 
 
@@ -173,7 +173,7 @@ class GRPOConfig(TrainConfig):
     """Stages 2 and 3, GRPO."""
 
     prompts_per_step: int = 8  # of all ranks together
-    per_device_train_batch_size: int = 1  # prompts (whole groups) in one forward pass of one rank
+    prompts_per_forward: int = 1  # prompts (whole groups) in one forward pass of one rank
     completions_per_forward: int | None = None  # of each group; null: all. Fewer need less memory, more work
     num_generations: int = 8
     num_iterations: int = 1
@@ -185,10 +185,11 @@ class GRPOConfig(TrainConfig):
     beta: float = 0.04
     epsilon: float = 0.2
     epsilon_high: float | None = None  # None: epsilon
-    loss_type: Literal["token", "grpo", "dr_grpo"] = "token"
+    loss_type: Literal["dapo", "grpo", "dr_grpo"] = "dapo"
     scale_rewards: bool = False
     reward_weights: dict[Literal[REWARDS], float] = field(default_factory=lambda: {"format": 1.0, "accuracy": 1.0})
-    credit: Literal["seen", "inside", "released"] = "seen"
+    judged_advantage: Literal["own", "full"] = "own"  # full: A(R_full) instead of the judged rewards' own (released)
+    span: Literal["seen", "inside", "before_tag"] = "seen"  # the tokens that a judged reward reaches (spans.py)
     format: Literal["strict", "released"] = "strict"
     gate_threshold: float | None = None
     mask_truncated_completions: bool = False
@@ -261,6 +262,6 @@ class EvalConfig(BaseConfig):
         )
 
 
-def _need(condition, message):
+def _need(condition: object, message: str) -> None:
     if not condition:
         raise ConfigError(message)

@@ -7,6 +7,7 @@ Shapes: N groups (prompts), G completions of a group, B = N * G rows, C completi
 """
 
 import torch
+from torch import Tensor
 
 JUDGED = ("context", "logic")  # the rewards that reach only a part of a completion's tokens
 
@@ -14,7 +15,7 @@ JUDGED = ("context", "logic")  # the rewards that reach only a part of a complet
 # --- rewards -> advantages --------------------------------------------------------------------------------------------
 
 
-def group_advantages(rewards, scale_rewards=False):
+def group_advantages(rewards: Tensor, scale_rewards: bool = False) -> Tensor:
     """A(R) = R - mean of the group's present rewards; 0 where missing or where fewer than two are present.
 
     rewards: (N, G), NaN = missing. With `scale_rewards`, divided by (unbiased std of the present rewards + 1e-4).
@@ -31,7 +32,7 @@ def group_advantages(rewards, scale_rewards=False):
     return centered / (std + 1e-4)
 
 
-def apply_gate(rewards, threshold):
+def apply_gate(rewards: dict[str, Tensor], threshold: float) -> dict[str, Tensor]:
     """The gate: a context score up to `threshold` zeroes accuracy and logic, a logic score up to it zeroes accuracy.
 
     rewards: {name: (N, G)}; the logic score that gates is the judge's, before the context gate zeroes it. Missing
@@ -49,7 +50,7 @@ def apply_gate(rewards, threshold):
     return gated
 
 
-def full_reward(rewards, weights):
+def full_reward(rewards: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
     """R_full = sum of weight * reward over the rewards that reach every token (format, accuracy): (N, G).
 
     A missing component makes R_full of that completion missing as a whole.
@@ -57,18 +58,24 @@ def full_reward(rewards, weights):
     return sum(weights[name] * rewards[name] for name in weights if name not in JUDGED)
 
 
-def reward_advantages(rewards, weights, *, scale_rewards=False, credit="seen"):
+def reward_advantages(
+    rewards: dict[str, Tensor],
+    weights: dict[str, float],
+    *,
+    scale_rewards: bool = False,
+    judged_advantage: str = "own",
+) -> dict[str, Tensor]:
     """An advantage for each reach: {"full": A(R_full), "context": A(w_ctx r_ctx), "logic": A(w_log r_log)}, all (N, G).
 
-    `credit="released"` puts A(R_full) in place of the judged rewards' own advantages, which is what the released code
-    computes: there the judge's score itself never reaches the gradient.
+    `judged_advantage="full"` puts A(R_full) in place of the judged rewards' own advantages, which is what the released
+    code computes: there the judge's score itself never reaches the gradient.
     """
     advantages = {"full": group_advantages(full_reward(rewards, weights), scale_rewards)}
     for name in JUDGED:
         if name in weights:
             own = (
                 advantages["full"]
-                if credit == "released"
+                if judged_advantage == "full"
                 else group_advantages(weights[name] * rewards[name], scale_rewards)
             )
             advantages[name] = own
@@ -78,7 +85,7 @@ def reward_advantages(rewards, weights, *, scale_rewards=False, credit="seen"):
 # --- advantages -> tokens ---------------------------------------------------------------------------------------------
 
 
-def credit(advantages, masks):
+def token_advantages(advantages: dict[str, Tensor], masks: dict[str, Tensor]) -> Tensor:
     """A_t = A(R_full) + [token t is reached by context] A(context) + [... by logic] A(logic).
 
     advantages: {"full": (G,), "context": (G,), "logic": (G,)}; masks: {name: (G, C)} of 0 and 1 (`spans.span_masks`).
@@ -90,7 +97,7 @@ def credit(advantages, masks):
 # --- tokens -> loss ---------------------------------------------------------------------------------------------------
 
 
-def kl_coef(step, total_steps, beta):
+def kl_coef(step: int, total_steps: int, beta: float) -> float:
     """beta_s = beta (1 - 0.75 min(1, s / (S/2))): from beta down to beta / 4 at half time, then constant.
 
     step s and total_steps S count optimiser updates. Source: method.md "Loss".
@@ -99,15 +106,15 @@ def kl_coef(step, total_steps, beta):
 
 
 def token_terms(
-    per_token_logps,
-    old_per_token_logps,
-    ref_per_token_logps,
-    advantages,
-    completion_mask,
+    per_token_logps: Tensor,
+    old_per_token_logps: Tensor | None,
+    ref_per_token_logps: Tensor | None,
+    advantages: Tensor,
+    completion_mask: Tensor,
     *,
-    epsilon=0.2,
-    epsilon_high=None,
-):
+    epsilon: float = 0.2,
+    epsilon_high: float | None = None,
+) -> dict[str, Tensor]:
     """What one token contributes, before weights and sums.
 
     All tensors (B, C). `old_per_token_logps=None` is on-policy (ratio 1, its gradient that of the log-probs);
@@ -136,19 +143,19 @@ def token_terms(
 
 
 def grpo_loss(
-    per_token_logps,
-    old_per_token_logps,
-    ref_per_token_logps,
-    advantages,
-    completion_mask,
+    per_token_logps: Tensor,
+    old_per_token_logps: Tensor | None,
+    ref_per_token_logps: Tensor | None,
+    advantages: Tensor,
+    completion_mask: Tensor,
     *,
-    beta=0.04,
-    epsilon=0.2,
-    epsilon_high=None,
-    loss_type="token",
-    num_items=None,
-    max_completion_length=None,
-):
+    beta: float = 0.04,
+    epsilon: float = 0.2,
+    epsilon_high: float | None = None,
+    loss_type: str = "dapo",
+    num_items: Tensor | float | None = None,
+    max_completion_length: int | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
     """L = (1/N) sum over tokens of [ - min(ratio A, clip(ratio) A) + beta KL ], with N by `loss_type`.
 
     per_token_logps, old, ref, completion_mask: (B, C); advantages: (B,) or (B, C). `old_per_token_logps=None` is
@@ -156,12 +163,12 @@ def grpo_loss(
 
     | loss_type | each sequence | divided by |
     | --- | --- | --- |
-    | token (DAPO)  | sum of its tokens  | `num_items`: completion tokens of the whole step (default: the mask's sum) |
+    | dapo          | sum of its tokens  | `num_items`: completion tokens of the whole step (default: the mask's sum) |
     | grpo          | mean of its tokens | `num_items`: completions of the whole step (default: B) |
     | dr_grpo       | sum of its tokens  | `num_items` (default: B) times `max_completion_length` |
 
-    Returns (loss, metrics); metrics are detached means over the mask's tokens: `kl`, `clip_ratio/low`,
-    `clip_ratio/high`. Source: method.md "Loss"; equal to TRL's values and gradients with its plain k3 KL.
+    Returns (loss, metrics); metrics are detached means over the mask's tokens: `kl`, `clip_ratio/low_mean`,
+    `clip_ratio/high_mean`. Source: method.md "Loss"; equal to TRL's values and gradients with its plain k3 KL.
     """
     if beta and ref_per_token_logps is None:
         raise ValueError("beta is not 0, so ref_per_token_logps is needed")
@@ -178,7 +185,7 @@ def grpo_loss(
     )
     mask = completion_mask.to(per_token_logps.dtype)
     per_token = (terms["policy_loss"] + beta * terms["kl"]) * mask
-    if loss_type == "token":
+    if loss_type == "dapo":
         if num_items is None:
             num_items = mask.sum().clamp(min=1)
         loss = per_token.sum() / num_items
@@ -189,13 +196,13 @@ def grpo_loss(
             raise ValueError("loss_type dr_grpo needs max_completion_length")
         loss = per_token.sum() / ((num_items or len(mask)) * max_completion_length)
     else:
-        raise ValueError(f"unknown loss_type {loss_type!r}; known: token, grpo, dr_grpo")
-    names = {"kl": "kl", "clip_ratio/low": "clipped_low", "clip_ratio/high": "clipped_high"}
+        raise ValueError(f"unknown loss_type {loss_type!r}; known: dapo, grpo, dr_grpo")
+    names = {"kl": "kl", "clip_ratio/low_mean": "clipped_low", "clip_ratio/high_mean": "clipped_high"}
     metrics = {key: masked_mean(terms[name].detach(), mask) for key, name in names.items()}
     return loss, metrics
 
 
-def sampling_kl(per_token_logps, sampling_logps, completion_mask):
+def sampling_kl(per_token_logps: Tensor, sampling_logps: Tensor, completion_mask: Tensor) -> Tensor:
     """How far what was sampled is from what is trained: KL(sampler || policy), its k3 estimate over the mask's tokens.
 
     All tensors (B, C). Both are the same model with the same weights, so this is rounding alone, and should stay far
@@ -206,6 +213,6 @@ def sampling_kl(per_token_logps, sampling_logps, completion_mask):
     return masked_mean(torch.expm1(difference) - difference, keep)  # expm1: the difference may be 1e-6
 
 
-def masked_mean(values, mask):
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean of `values` where `mask` is 1; 0 for an empty mask. Both (B, C)."""
     return (values * mask).sum() / mask.sum().clamp(min=1)

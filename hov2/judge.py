@@ -14,6 +14,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hov2.answers import block_text, set_f1
 from hov2.config import JudgeConfig
@@ -82,7 +83,7 @@ class Judge:
             self._cache.mkdir(parents=True, exist_ok=True)
         self._replies = []
 
-    def score(self, kind: str, **fields) -> JudgeReply:
+    def score(self, kind: str, **fields: Any) -> JudgeReply:
         """Ask with `prompts.judge_messages(kind, **fields)`, unless the cache has the score."""
         maximum = fields["most"] if kind == "synonyms" else 5
         messages = self.prompts.judge_messages(kind, **fields)
@@ -117,7 +118,7 @@ class Judge:
         """Ask one small question, also of servers that are left alone; the reply's `error` says why none answered."""
         return self._ask([{"role": "user", "content": "Reply with the number 5."}])
 
-    def check(self):
+    def check(self) -> None:
         """Ask one small question; raises JudgeError if no server answers as one should."""
         reply = self.probe()
         if reply.error:
@@ -191,7 +192,7 @@ class AccuracyJudge:
         score = self._ask("synonyms", first="\n".join(first), second="\n".join(second), most=most)
         return None if score is None else set_f1(answer, reference, synonyms=score * most)
 
-    def _ask(self, kind: str, **fields) -> float | None:
+    def _ask(self, kind: str, **fields: Any) -> float | None:
         self.reply = self.judge.score(kind, **fields)
         return self.reply.score
 
@@ -201,7 +202,7 @@ def _digest(model: str, messages: list[dict]) -> str:
 
 
 def _read_score(path: Path) -> float | None:
-    """Return the score in a cache file; None if there is none or it can't be one: it is then asked for, written anew."""
+    """Return the score in a cache file; None if there is none or it can't be one: it is then asked for again."""
     with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
         score = json.loads(path.read_text())["score"]
         return score if isinstance(score, float) and 0 <= score <= 1 else None

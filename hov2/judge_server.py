@@ -70,7 +70,8 @@ class Server:
         if not _URL.fullmatch(url):
             shown = re.sub(".*@|[?].*", "", url)  # the rest may be a password
             raise JudgeError(
-                f"judge.url: expected a base like http://localhost:8000/v1, with no user, password or query, got {shown!r}"
+                f"judge.url: expected a base like http://localhost:8000/v1, with no user, password or query, "
+                f"got {shown!r}"
             )
         self.url, self.host, self.timeout = url, urlsplit(url).netloc, config.timeout
         adapter = HTTPAdapter()
@@ -101,8 +102,8 @@ class Server:
                 self._left_alone_until = time.monotonic() + DOWN_SECONDS
             if self._unanswered == DOWN_AFTER:
                 print0(
-                    f"judge {self.url}: nobody there {DOWN_AFTER} times in a row, the last: {reply.reason}; left alone for "
-                    f"{DOWN_SECONDS:g} s at a time"
+                    f"judge {self.url}: nobody there {DOWN_AFTER} times in a row, the last: {reply.reason}; "
+                    f"left alone for {DOWN_SECONDS:g} s at a time"
                 )
         return reply
 

@@ -10,8 +10,9 @@ from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from typing import Any
 
-from hov2.distributed import Means, gather_objects, print0, world_size
+from hov2.distributed import Means, gather_objects, print0
 from hov2.judge import AccuracyJudge, Judge, JudgeReply
 from hov2.judge_server import FAULTS, JudgeError
 from hov2.rewards import accuracy_reward, format_reward
@@ -43,7 +44,7 @@ class Pending:
         self._start = start
         self.ask()
 
-    def ask(self):
+    def ask(self) -> None:
         """Start the scoring, once more if it was done before."""
         self.future = self._start()
 
@@ -70,14 +71,14 @@ class Scorer:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="score")
         self._window = deque(maxlen=judge.config.missing_window if judge else 1)  # of a step: why each is missing
 
-    def submit(self, name: str, text: str, sample) -> Pending:
+    def submit(self, name: str, text: str, sample: Any) -> Pending:
         """Start scoring `text`, a completion for `sample`, by the reward `name`.
 
         context and logic need a judge (GRPOConfig sees to it).
         """
         return Pending(lambda: self._pool.submit(self._score, name, text, sample))
 
-    def wait_for_scores(self, scores: list[Pending], together: bool = True):
+    def wait_for_scores(self, scores: list[Pending], together: bool = True) -> None:
         """Wait for a step's `scores` of all ranks, then act by `on_judge_down` if too many are missing.
 
         The share is that of the last `missing_window` steps and of all ranks. "continue": goes on without them. "wait":
@@ -102,7 +103,7 @@ class Scorer:
                 if score.result().missing:
                     score.ask()
 
-    def log_stats(self, means: Means):
+    def log_stats(self, means: Means) -> None:
         """Add what came of the requests since the last call, of all ranks.
 
         `judge/failure_rate`: the share without a score; `judge/latency`: their mean time in seconds;
@@ -136,13 +137,13 @@ class Scorer:
             f"more than judge.max_missing {max_missing:g}; the last: {missing[-1]}"
         )
 
-    def _wait(self, futures: list[Future], gather: Callable):
+    def _wait(self, futures: list[Future], gather: Callable) -> None:
         """Wait for the futures of all ranks. Every few seconds these show each other that they are there: the process
         group's timeout and the watch are for ranks that are lost, not for a wait that is meant."""
         while any(gather(bool(wait(futures, HEARTBEAT).not_done))):
             self.heartbeat("judge")
 
-    def _wait_for_judge(self, gather: Callable, why: str):
+    def _wait_for_judge(self, gather: Callable, why: str) -> None:
         """Return once the judge answers all ranks."""
         print0(f"waiting for the judge: {why}")
         answered = False
@@ -154,7 +155,7 @@ class Scorer:
             answered = all(gather(probe.result().error is None))
         print0("the judge is back: asking again for what is missing")
 
-    def _score(self, name: str, text: str, sample) -> Score:
+    def _score(self, name: str, text: str, sample: Any) -> Score:
         if name == "format":
             return Score(format_reward(text, self.format_rule))
         if name == "accuracy":

@@ -45,7 +45,7 @@ def find_block(text: str | bytes, tag: str) -> Block | None:
     return Block(start, inner_start, inner_end, inner_end + len(closing))
 
 
-def span_masks(token_bytes: list[bytes], credit: str = "seen") -> dict[str, Tensor]:
+def span_masks(token_bytes: list[bytes], span: str = "seen") -> dict[str, Tensor]:
     """Say which of a completion's C tokens carry which rewards (method.md, "Advantage").
 
     Returns {"full", "context", "logic"}, float tensors (C,) of 0 and 1. "full" is all ones. "context" is zero without a
@@ -54,20 +54,20 @@ def span_masks(token_bytes: list[bytes], credit: str = "seen") -> dict[str, Tens
     - "seen": the tokens up to the one that completes the closing tag, which is included.
     - "inside": the tokens that lie wholly between the tags. A token that holds a byte of a tag ('>A', '.</') is part
       of the tag, not of the inside.
-    - "released": the tokens before the first one that holds a byte of the closing tag.
+    - "before_tag": the tokens before the first one that holds a byte of the closing tag.
 
-    Raises ValueError for another `credit`.
+    Raises ValueError for another `span`.
     """
-    if credit not in ("seen", "inside", "released"):
-        raise ValueError(f"credit: {credit!r} is not one of 'seen', 'inside', 'released'")
+    if span not in ("seen", "inside", "before_tag"):
+        raise ValueError(f"span: {span!r} is not one of 'seen', 'inside', 'before_tag'")
     text = b"".join(token_bytes)
     ends = list(accumulate(map(len, token_bytes)))  # for each token, the offset of the byte after it
     context = find_block(text, "context")
     think = find_block(text, "think") if context else None
     return {
         "full": torch.ones(len(ends)),
-        "context": _mask_of(context, ends, credit),
-        "logic": _mask_of(think, ends, credit),
+        "context": _mask_of(context, ends, span),
+        "logic": _mask_of(think, ends, span),
     }
 
 
@@ -139,21 +139,21 @@ def _state_after(text: bytes, tag: bytes) -> int:
     return length
 
 
-def _mask_of(block: Block | None, ends: list[int], credit: str) -> Tensor:
+def _mask_of(block: Block | None, ends: list[int], span: str) -> Tensor:
     """Return 1 for the tokens that carry the reward of `block`, else 0, (C,); all 0 without a block."""
     mask = torch.zeros(len(ends))
     if block:
-        first, stop = _token_range(block, ends, credit)
+        first, stop = _token_range(block, ends, span)
         mask[first:stop] = 1.0
     return mask
 
 
-def _token_range(block: Block, ends: list[int], credit: str) -> tuple[int, int]:
+def _token_range(block: Block, ends: list[int], span: str) -> tuple[int, int]:
     """Return (first, stop): the tokens first..stop-1 carry the reward of `block`, byte offsets as from find_block."""
-    if credit == "seen":
+    if span == "seen":
         return 0, _tokens_reaching(block.end, ends)
     stop = bisect_right(ends, block.inner_end)  # tokens that end no later than where the closing tag starts
-    if credit == "inside":
+    if span == "inside":
         return _tokens_reaching(block.inner_start, ends), stop
     return 0, stop
 

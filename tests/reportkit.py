@@ -11,7 +11,7 @@ import torch
 
 from hov2.data.samples import Sample
 from hov2.evaluation.results import format_summary, summarize
-from hov2.grpo import credit, reward_advantages
+from hov2.grpo import reward_advantages, token_advantages
 from hov2.model.rollout import Rollout
 from hov2.scoring import Score
 from hov2.spans import token_bytes_of
@@ -61,7 +61,7 @@ def make_record(step, video, texts=TEXTS, name="clip/1"):
     rewards = {name: torch.tensor([[score.number for score in scores]]) for name, scores in group.scores.items()}
     masks = completion_masks(group, "seen")
     group.credits = {
-        name: credit({name: advantages[0]}, masks)
+        name: token_advantages({name: advantages[0]}, masks)
         for name, advantages in reward_advantages(rewards, dict.fromkeys(SCORES, 1.0)).items()
     }
     group.advantages = sum(group.credits.values())

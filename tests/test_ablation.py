@@ -13,7 +13,7 @@ from hov2.toy import ablation
 
 VARIANTS = {
     "full": {},
-    "other": {"stage2": {"credit": "released"}},
+    "other": {"stage2": {"judged_advantage": "full"}},
     "late": {"stage3": {"beta": 0}},
     "cold": {"steps": ["stage1", "eval"]},
     "own": {"stage1": {"train_on_prompt": True}},
@@ -62,7 +62,7 @@ def test_a_step_reads_and_writes_the_run_s_own_places_and_is_kept(tmp_path, monk
     config = read_config(*commands[0][2:3], commands[0][3:])
     assert config.model == str(tmp_path / "seed0/full/stage1/model") and config.output_dir == str(places["stage2"])
     assert config.data[0].path == str(tmp_path / "seed0/full/filter_stage2/kept.jsonl")
-    assert (config.credit, config.seed, config.max_steps) == ("released", 7, toy.QUICK_STEPS["stage2"])
+    assert (config.judged_advantage, config.seed, config.max_steps) == ("full", 7, toy.QUICK_STEPS["stage2"])
     run(VARIANTS["other"])
     assert len(commands) == 1
     run({"stage2": {"beta": 0}})  # the file has changed meanwhile

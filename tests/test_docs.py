@@ -19,7 +19,7 @@ from helpers import tiny_thinker, tiny_tokenizer
 
 from hov2.config import EvalConfig, GRPOConfig, SFTConfig
 from hov2.config_io import load_config
-from hov2.grpo import credit, group_advantages, grpo_loss, token_terms
+from hov2.grpo import group_advantages, grpo_loss, token_advantages, token_terms
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -140,7 +140,9 @@ def test_tokens_after_a_reward_carry_none_of_its_gradient():
     chances = logps.sum(1).exp()
     rewards = torch.tensor([[0.2, 0.9, 0.4][first] for first, _ in texts], dtype=torch.float64)
     seen, full, later = (
-        gradient(surrogate(logps, credit({"context": rewards}, {"context": reach}), chances.detach()), parameters)
+        gradient(
+            surrogate(logps, token_advantages({"context": rewards}, {"context": reach}), chances.detach()), parameters
+        )
         for reach in torch.tensor([[[1, 0]], [[1, 1]], [[0, 1]]])
     )
     torch.testing.assert_close(seen, full)

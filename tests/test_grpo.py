@@ -9,12 +9,12 @@ import torch
 
 from hov2.grpo import (
     apply_gate,
-    credit,
     full_reward,
     group_advantages,
     grpo_loss,
     kl_coef,
     reward_advantages,
+    token_advantages,
     token_terms,
 )
 from hov2.model.logps import token_logps
@@ -101,7 +101,7 @@ MASKS = {
 
 def test_credit_adds_each_advantage_where_its_reward_reaches():
     advantages = {"full": tensor([0.5, -0.5]), "context": tensor([0.25, -0.25]), "logic": tensor([-0.125, 0.125])}
-    assert credit(advantages, MASKS).tolist() == [[0.625, 0.625, 0.375, 0.5], [-0.5] * 4]
+    assert token_advantages(advantages, MASKS).tolist() == [[0.625, 0.625, 0.375, 0.5], [-0.5] * 4]
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_each_reward_moves_only_the_tokens_it_may(name, moved):
     base = {key: tensor([[0.5, 0.5]]) for key in weights}
     changed = base | {name: tensor([[1.0, 0.5]])}
     before, after = (
-        credit({k: a[0] for k, a in reward_advantages(r, weights).items()}, MASKS) for r in (base, changed)
+        token_advantages({k: a[0] for k, a in reward_advantages(r, weights).items()}, MASKS) for r in (base, changed)
     )
     assert (after[0] - before[0]).nonzero().flatten().tolist() == moved
     assert after[0, 0] == 0.25 * 1  # 1 - mean(1, 0.5)
@@ -121,7 +121,7 @@ def test_each_reward_moves_only_the_tokens_it_may(name, moved):
 def test_released_credit_never_sees_the_judges_scores():
     weights = {"format": 1.0, "accuracy": 1.0, "context": 1.0}
     rewards = {"format": tensor([[1, 1]]), "accuracy": tensor([[1, 0]]), "context": tensor([[0, 1]])}
-    advantages = reward_advantages(rewards, weights, credit="released")
+    advantages = reward_advantages(rewards, weights, judged_advantage="full")
     assert advantages["context"].tolist() == advantages["full"].tolist() == [[0.5, -0.5]]
     assert reward_advantages(rewards, weights)["context"].tolist() == [[-0.5, 0.5]]
 
@@ -152,7 +152,7 @@ def test_loss_by_hand():
     loss, metrics = grpo_loss(logps, old, old, tensor([1.0]), torch.ones(1, 2), beta=0.1)
     assert loss.item() == pytest.approx((-1.2 - 0.8 + 0.1 * sum(kl)) / 2)
     assert metrics["kl"].item() == pytest.approx(sum(kl) / 2)
-    assert (metrics["clip_ratio/low"].item(), metrics["clip_ratio/high"].item()) == (0, 0.5)
+    assert (metrics["clip_ratio/low_mean"].item(), metrics["clip_ratio/high_mean"].item()) == (0, 0.5)
 
 
 def test_clip_metrics_mark_tokens_without_gradient():
@@ -161,7 +161,7 @@ def test_clip_metrics_mark_tokens_without_gradient():
     loss, metrics = grpo_loss(logps, torch.zeros(1, 5, dtype=torch.float64), None, advantages, torch.ones(1, 5), beta=0)
     loss.backward()
     assert (logps.grad[0] == 0).tolist() == [False, True, False, False, True]
-    assert (metrics["clip_ratio/low"].item(), metrics["clip_ratio/high"].item()) == (0.2, 0.2)
+    assert (metrics["clip_ratio/low_mean"].item(), metrics["clip_ratio/high_mean"].item()) == (0.2, 0.2)
 
 
 def test_epsilon_high_raises_the_upper_bound_only():
@@ -177,7 +177,7 @@ def test_epsilon_high_raises_the_upper_bound_only():
     assert terms["clipped_high"].tolist() == [[False, False]] and terms["clipped_low"].tolist() == [[False, True]]
 
 
-@pytest.mark.parametrize("loss_type, divisor", [("token", 5), ("dr_grpo", 2 * 8)])
+@pytest.mark.parametrize("loss_type, divisor", [("dapo", 5), ("dr_grpo", 2 * 8)])
 def test_normalisers(loss_type, divisor):
     mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]])
     loss, _ = grpo_loss(
@@ -199,12 +199,12 @@ def test_grpo_normaliser_is_the_mean_of_sequence_means():
     assert loss.item() == pytest.approx(-(1 + 3 + 0) / 3)
 
 
-@pytest.mark.parametrize("loss_type", ["token", "grpo", "dr_grpo"])
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
 def test_accumulated_pieces_equal_one_batch(loss_type):
     g = torch.Generator().manual_seed(0)
     logps, old, ref, advantages = (torch.randn(6, 5, generator=g, dtype=torch.float64) for _ in range(4))
     mask = (torch.arange(5) < torch.tensor([5, 1, 3, 2, 4, 5])[:, None]).double()
-    items = mask.sum() if loss_type == "token" else 6
+    items = mask.sum() if loss_type == "dapo" else 6
     kwargs = {"loss_type": loss_type, "max_completion_length": 7}
     whole, _ = grpo_loss(logps, old, ref, advantages, mask, **kwargs)
     pieces = [
@@ -233,7 +233,7 @@ LOSS_CASES = [case for case in GOLDEN["loss_cases"] if case["config"]["loss_type
 def test_loss_and_gradients_equal_trl(case):
     inputs, config = GOLDEN["inputs"], case["config"]
     logps = tensor(inputs["logps"]).requires_grad_()
-    loss_type = {"dapo": "token"}.get(config["loss_type"], config["loss_type"])
+    loss_type = config["loss_type"]
     loss, metrics = grpo_loss(
         logps,
         tensor(inputs["old_logps"]) if case["use_old"] else None,

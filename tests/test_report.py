@@ -134,7 +134,7 @@ def test_every_metric_is_explained_by_the_docs():
     for metric in (
         "reward",
         "rewards/context/mean",
-        "clip_ratio/high",
+        "clip_ratio/high_mean",
         "judge/faults/timeout",
         "time/update",
         "credit/total",

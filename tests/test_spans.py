@@ -78,19 +78,19 @@ def test_inside_masks_leave_out_every_token_that_touches_a_tag():
 
 
 def test_released_masks_stop_before_the_closing_tags_first_token():
-    masks = span_masks(PIECES, "released")
+    masks = span_masks(PIECES, "before_tag")
     assert marked(PIECES, masks["context"]) == "<context>A man"
     assert marked(PIECES, masks["logic"]) == "<context>A man.</context><think>so"
 
 
-@pytest.mark.parametrize("credit", ["seen", "inside", "released"])
-def test_logic_needs_both_blocks_and_context_its_own(credit):
+@pytest.mark.parametrize("span", ["seen", "inside", "before_tag"])
+def test_logic_needs_both_blocks_and_context_its_own(span):
     only_think = [b"<think>", b"so", b"</think>", b"<answer>B</answer>"]
-    assert span_masks(only_think, credit)["context"].sum() == 0
-    assert span_masks(only_think, credit)["logic"].sum() == 0
+    assert span_masks(only_think, span)["context"].sum() == 0
+    assert span_masks(only_think, span)["logic"].sum() == 0
     only_context = [b"<context>", b"A", b"</context>", b"<think>", b"cut off"]
-    assert span_masks(only_context, credit)["context"].sum() == {"seen": 3, "inside": 1, "released": 2}[credit]
-    assert span_masks(only_context, credit)["logic"].sum() == 0
+    assert span_masks(only_context, span)["context"].sum() == {"seen": 3, "inside": 1, "before_tag": 2}[span]
+    assert span_masks(only_context, span)["logic"].sum() == 0
 
 
 def test_empty_blocks_and_empty_completions():
@@ -99,7 +99,7 @@ def test_empty_blocks_and_empty_completions():
     assert span_masks(empty, "seen")["context"].tolist() == [1, 1, 0, 0]
     merged = [b"<context", b"></", b"context", b">"]  # the token '></' closes one tag and opens the other
     assert span_masks(merged, "inside")["context"].sum() == 0
-    assert span_masks(merged, "released")["context"].tolist() == [1, 0, 0, 0]
+    assert span_masks(merged, "before_tag")["context"].tolist() == [1, 0, 0, 0]
     assert span_masks([], "seen")["full"].tolist() == []
 
 

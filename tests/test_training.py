@@ -56,7 +56,7 @@ def lab(tmp_path_factory):
     }
     (lab / "eval.json").write_text(json.dumps(evaluation))
     launch(lab, 1, single_process_runs(lab))
-    killed_after_two_steps(lab, "token-1", "1-to-2")
+    killed_after_two_steps(lab, "dapo-1", "1-to-2")
     launch(
         lab,
         2,
@@ -70,7 +70,7 @@ def lab(tmp_path_factory):
     return lab
 
 
-LOSSES = ("token", "grpo", "dr_grpo")
+LOSSES = ("dapo", "grpo", "dr_grpo")
 
 
 def single_process_runs(lab):
@@ -79,12 +79,12 @@ def single_process_runs(lab):
         run(lab, "eval", "eval-1"),
         run(lab, "sft", "held-out", f"eval_data={held_out}", "eval_steps=2", "eval_max_new_tokens=6"),
         run(lab, "sft", "sft-1"),
-        run(lab, "sft", "sft-batch", "per_device_train_batch_size=4"),
+        run(lab, "sft", "sft-batch", "prompts_per_forward=4"),
         run(lab, "sft", "sft-prompt", "train_on_prompt=true", "max_steps=1"),
     ]
     for kind in LOSSES:
         runs.append(run(lab, "grpo", f"{kind}-1", f"loss_type={kind}", "save_steps=1"))
-        runs.append(run(lab, "grpo", f"{kind}-batch", f"loss_type={kind}", "per_device_train_batch_size=3"))
+        runs.append(run(lab, "grpo", f"{kind}-batch", f"loss_type={kind}", "prompts_per_forward=3"))
     runs.append(
         run(
             lab,
@@ -92,14 +92,15 @@ def single_process_runs(lab):
             "switches",
             "beta=0.0",
             "scale_rewards=true",
-            "credit=released",
+            "judged_advantage=full",
+            "span=before_tag",
             "max_steps=1",
             "gate_threshold=0.4",
         )
     )
     runs.append(run(lab, "grpo", "masked", "mask_truncated_completions=true", "max_steps=1", "max_completion_length=1"))
-    runs.append(run(lab, "grpo", "token-chunks", "completions_per_forward=3", "profile_steps=[1]"))
-    runs.append(run(lab, "grpo", "counted", "max_steps=1", "num_iterations=1", "per_device_train_batch_size=2"))
+    runs.append(run(lab, "grpo", "dapo-chunks", "completions_per_forward=3", "profile_steps=[1]"))
+    runs.append(run(lab, "grpo", "counted", "max_steps=1", "num_iterations=1", "prompts_per_forward=2"))
     runs.append(run(lab, "grpo", "zero-beta-counted", "max_steps=1", "beta=0.0"))
     return runs
 
@@ -188,12 +189,12 @@ def test_accumulation_equals_one_batch(lab, kind):
 
 
 def test_completions_in_chunks_equal_all_at_once(lab):
-    assert_same_run(lab, "token-1", "token-chunks")
+    assert_same_run(lab, "dapo-1", "dapo-chunks")
 
 
 def test_a_profiled_step_leaves_a_trace_with_its_parts(lab):
-    assert [path.name for path in (lab / "token-chunks").glob("trace-*")] == ["trace-1-rank0.json"]
-    events = json.loads((lab / "token-chunks" / "trace-1-rank0.json").read_text())["traceEvents"]
+    assert [path.name for path in (lab / "dapo-chunks").glob("trace-*")] == ["trace-1-rank0.json"]
+    events = json.loads((lab / "dapo-chunks" / "trace-1-rank0.json").read_text())["traceEvents"]
     assert {"rollout", "logps", "update"} <= {event["name"] for event in events}
     assert any(event["name"].startswith("aten::") for event in events)
 
@@ -228,7 +229,7 @@ def test_sft_is_the_same_however_it_is_split(lab):
 
 
 def test_frozen_towers_stay_as_they_were(lab):
-    before, after = (load_file(lab / name / "model.safetensors") for name in ("model", "token-1/model"))
+    before, after = (load_file(lab / name / "model.safetensors") for name in ("model", "dapo-1/model"))
     for key in before:
         if key.startswith(("visual.", "audio_tower.")):
             assert (before[key] == after[key]).all(), key
@@ -247,22 +248,22 @@ def killed_after_two_steps(lab, name, copy):
 @pytest.fixture(scope="module")
 def resumed(lab):
     """Runs that go on from their first step, on one process; what was printed."""
-    killed_after_two_steps(lab, "token-1", "resumed")
-    killed_after_two_steps(lab, "token-2", "2-to-1")
+    killed_after_two_steps(lab, "dapo-1", "resumed")
+    killed_after_two_steps(lab, "dapo-2", "2-to-1")
     return launch(lab, 1, [run(lab, "grpo", name, "save_steps=1", "resume=auto") for name in ("resumed", "2-to-1")])
 
 
 def test_resumed_run_equals_uninterrupted_one(lab, resumed):
     assert f"warning: {lab / 'resumed' / 'checkpoint-2'} is passed over: __0_0.distcp is not as" in resumed
     assert f"resumed from {lab / 'resumed' / 'checkpoint-1'}" in resumed
-    assert metrics(lab, "resumed") == metrics(lab, "token-1")
-    a, b = (load_file(lab / name / "model" / "model.safetensors") for name in ("token-1", "resumed"))
+    assert metrics(lab, "resumed") == metrics(lab, "dapo-1")
+    a, b = (load_file(lab / name / "model" / "model.safetensors") for name in ("dapo-1", "resumed"))
     assert all((a[key] == b[key]).all() for key in a)
-    dumps = [(lab / name / "rollouts.jsonl").read_text() for name in ("token-1", "resumed")]
+    dumps = [(lab / name / "rollouts.jsonl").read_text() for name in ("dapo-1", "resumed")]
     assert dumps[0] == dumps[1]
 
 
-@pytest.mark.parametrize("before, after", [("token-1", "1-to-2"), ("token-2", "2-to-1")])
+@pytest.mark.parametrize("before, after", [("dapo-1", "1-to-2"), ("dapo-2", "2-to-1")])
 def test_resumed_on_another_number_of_processes_the_run_is_the_same(lab, resumed, before, after):
     def sampled(name):
         lines = [json.loads(line) for line in (lab / name / "rollouts.jsonl").read_text().splitlines()]
@@ -276,7 +277,7 @@ def test_resumed_on_another_number_of_processes_the_run_is_the_same(lab, resumed
 
 
 def test_dump_holds_every_token_with_its_credit(lab):
-    records = [json.loads(line) for line in (lab / "token-1" / "rollouts.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (lab / "dapo-1" / "rollouts.jsonl").read_text().splitlines()]
     assert len(records) == STEPS * 4
     for record in records:
         assert record["sample"].startswith("s") and len(record["completions"]) == 4
@@ -316,10 +317,10 @@ def test_masked_truncated_completions_teach_nothing(lab):
 def test_export_loads_in_transformers(lab):
     from transformers import AutoTokenizer, Qwen2_5OmniThinkerForConditionalGeneration
 
-    model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(lab / "token-1" / "model")
-    saved = load_file(lab / "token-1" / "model" / "model.safetensors")
+    model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(lab / "dapo-1" / "model")
+    saved = load_file(lab / "dapo-1" / "model" / "model.safetensors")
     assert (model.lm_head.weight == saved["lm_head.weight"]).all()
-    assert AutoTokenizer.from_pretrained(lab / "token-1" / "model").convert_tokens_to_ids("<|im_end|>") is not None
+    assert AutoTokenizer.from_pretrained(lab / "dapo-1" / "model").convert_tokens_to_ids("<|im_end|>") is not None
 
 
 def test_evaluation_is_the_same_on_two_processes(lab):
@@ -374,7 +375,7 @@ def test_bad_input_ends_a_script_with_one_clear_line(lab, overrides, message):
     assert len(errors) == 1 and message in errors[0] and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("name", ["token-1", "held-out"])
+@pytest.mark.parametrize("name", ["dapo-1", "held-out"])
 def test_every_metric_is_documented(lab, name):
     text = (ROOT / "docs" / "metrics.md").read_text()
     metrics = [json.loads(line) for line in (lab / name / "metrics.jsonl").read_text().splitlines()]

@@ -97,7 +97,7 @@ def report_derived(
         "samples": samples,
         "steps": steps,
         "samples a step": f"{per_step} ({on_each_rank} on each rank)",
-        "gradient accumulation": math.ceil(on_each_rank / config.per_device_train_batch_size),
+        "gradient accumulation": math.ceil(on_each_rank / config.prompts_per_forward),
     }
     if more is not None:
         numbers |= more

@@ -77,7 +77,7 @@ def sampling_for(
 
 
 def make_generator(device: torch.device | str, *key: int) -> torch.Generator:
-    """Return a generator seeded by (seed, step, sample): the same key gives the same tokens, in any run and on any rank."""
+    """Return a generator seeded by (seed, step, sample): the same key, the same tokens, on any rank."""
     seed = int(np.random.SeedSequence([int(k) for k in key]).generate_state(1, np.uint64)[0] >> np.uint64(1))
     return torch.Generator(device).manual_seed(seed)
 
@@ -208,7 +208,7 @@ class _Step:
         return self.hidden
 
     def _run(self, token: Tensor, position: Tensor, place: Tensor, length: int) -> Tensor:
-        """Run one step. place (1,): where the rows' new keys go, as a tensor; length: how many of the rows' own keys are read."""
+        """Run one step. place (1,): where the rows' new keys go; length: how many of the rows' own keys are read."""
         embeds = self.thinker.get_input_embeddings()(token)[:, None]
         attend = self.cache.attend(place, length)
         return decode(self.thinker, embeds, position.expand(3, -1)[..., None], attend)[:, -1]
@@ -443,7 +443,7 @@ def _sample(logits: Tensor, sampling: Sampling, suppressed: Tensor, draw: Callab
 
 
 def _finish(tokens: Tensor, is_end: Tensor, logps: Tensor | None) -> Rollout:
-    """Make a Rollout of the rows (G, limit) of one prompt, trimmed to its longest completion. `is_end`: the first True counts."""
+    """Make a Rollout of one prompt's rows (G, limit), trimmed to the longest. `is_end`: the first True counts."""
     ended = is_end.any(1)
     lengths = torch.where(ended, is_end.int().argmax(1) + 1, tokens.shape[1])
     longest = int(lengths.max())

@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -23,10 +23,6 @@ from hov2.distributed import barrier, rank, rank_zero_first
 INDEX = "model.safetensors.index.json"
 INSIDE = ("model.language_model.", "model.visual.", "model.audio_tower.")  # how the thinker names its own parts
 TYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}  # safetensors' words for them
-
-
-if TYPE_CHECKING:  # thinker.py imports this file
-    from hov2.model.thinker import Policy
 
 
 class ModelError(ValueError):
@@ -116,7 +112,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def export(policy: "Policy", folder: str | Path, name: str, dtype: torch.dtype) -> None:
+def export(policy: nn.Module, folder: str | Path, name: str, dtype: torch.dtype) -> None:
     """Write the policy as a Hugging Face folder like the one it came from: what went in comes out.
 
     `name` is the model that the run began with: its files are written anew, a thinker's as a thinker's and those of a

@@ -47,7 +47,7 @@ class Shapes:
 
 
 def shapes_of(thinker: nn.Module, lora: LoRAConfig | None = None) -> Shapes:
-    """Return the Shapes of a thinker, which may be on the meta device. With `lora`, it is given these adapters first."""
+    """Return the Shapes of a thinker, also on the meta device. With `lora`, it is given these adapters first."""
     towers = tower_parameters(thinker)
     text = thinker.config.get_text_config()
     decoder = _numbers(parameter for parameter in thinker.parameters() if parameter not in towers)
@@ -155,7 +155,7 @@ def plan(shapes: Shapes, config: SFTConfig | GRPOConfig, gpus: int, prompt_token
         per_rank = max(1, config.samples_per_step // gpus)
         in_parts = False
         row_tokens = prompt_tokens
-    batch = min(config.per_device_train_batch_size, per_rank)
+    batch = min(config.prompts_per_forward, per_rank)
     accumulates = per_rank > batch or in_parts
     phases["update"] = update(shapes, config, batch * row_tokens, accumulates, gpus)
     return phases

@@ -103,7 +103,7 @@ def run_script(
 
 
 def settings_of(step: str, variant: dict[str, Settings], seed: int, quick: bool, judge_url: str) -> Settings:
-    """Return the settings of a step in a run with `seed`; those of the `variant`, {step: settings}, have the last word."""
+    """Return the settings of a step in a run with `seed`; the `variant`, {step: settings}, has the last word."""
     settings: Settings = {"seed": seed}
     if step != "stage1":
         settings["judge.url"] = judge_url

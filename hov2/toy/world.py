@@ -35,7 +35,7 @@ CONFIGS = Path("configs/toy")
 # questions   by problem type: the answer by face and voice, and the reasons of the whole and of the shortcut, worded
 #             apart so that one habit can change without the other
 # codecs      by a file's ending: the video codec, its options, the audio codec
-# benchmarks  how the questions are copied in the benchmarks' layouts, with labels in turn, as the toy has no like of them
+# benchmarks  how the questions are copied in the benchmarks' layouts, with labels in turn: the toy has none of its own
 # judge       the words that the judge's rules know
 # model       the thinker's config; its towers tell faces and tones apart the better for large weights (0.15)
 # token ids   the tokens that the config names
