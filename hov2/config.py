@@ -33,9 +33,9 @@ class Checked:
 class Source:
     """One data file: `slice` is "all" or "first|last|random:N" or "...:N%" (percentages round down)."""
 
-    path: str
+    path: str  # the data file, or a folder of them, as `format` says
     media_root: str | None = None  # where the samples' media paths start; default: the data file's own folder
-    slice: str = "all"
+    slice: str = "all"  # which of its records
     format: str = "hov2"  # how the file is published: formats.py
     on_bad_record: Literal["error", "skip"] = "error"  # skip: a record that can't be used is left out, and counted
 
@@ -44,10 +44,10 @@ class Source:
 class MediaConfig:
     """How clips become tensors (method.md, "Media")."""
 
-    fps: float = 2.0
-    max_frames: int = 32
-    min_pixels: int = 4 * 28 * 28
-    max_pixels: int = 128 * 28 * 28
+    fps: float = 2.0  # frames a second that are looked at
+    max_frames: int = 32  # of a clip, spread over it if it is longer
+    min_pixels: int = 4 * 28 * 28  # of a frame: smaller ones are enlarged
+    max_pixels: int = 128 * 28 * 28  # of a frame: larger ones are reduced; a token is 28 x 28 pixels
     interleave_audio: bool = False  # true: Qwen2.5-Omni's time-aligned layout; false: audio as an item after the video
 
 
@@ -55,13 +55,13 @@ class MediaConfig:
 class JudgeConfig(Checked):
     """OpenAI-compatible servers; `url`, or each of `urls`, is a base that `/chat/completions` is appended to."""
 
-    url: str | None = None
+    url: str | None = None  # base of one server, such as http://localhost:8000/v1
     urls: list[str] = field(default_factory=list)  # instead of url: asked in turn, each when those before it fail
-    model: str = "judge"
+    model: str = "judge"  # the model's name at the server
     api_key_env: str | None = None  # name of the environment variable that holds the key
     timeout: float = 30.0  # seconds for one request, from connecting to the reply's last byte
-    max_retries: int = 4
-    concurrency: int = 32
+    max_retries: int = 4  # further tries after a request that brought no score
+    concurrency: int = 32  # requests at a time, of one rank
     cache: str | None = None  # folder of parsed scores
     max_missing: float = 0.1  # share of the scores of the last `missing_window` steps that may be missing
     missing_window: int = 10  # steps: the same for all ranks, however many scores each of them asks for
@@ -77,7 +77,7 @@ class JudgeConfig(Checked):
 class LoRAConfig(Checked):
     """Adapters of low rank on the decoder's linear layers, trained instead of its weights (Hu et al., 2021)."""
 
-    rank: int = 16
+    rank: int = 16  # of an adapter: its two matrices have so many columns and rows
     alpha: float = 32.0  # an adapter's output is multiplied by alpha / rank
     target_modules: list[str] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -99,16 +99,16 @@ class BaseConfig(Checked):
     """What training and evaluation share."""
 
     model: str  # a thinker's folder, a full Qwen2.5-Omni folder, or a hub id
-    output_dir: str
+    output_dir: str  # where metrics, rollouts, checkpoints and the model go
     data: list[Source]
-    seed: int = 0
+    seed: int = 0  # of all randomness: order, samples, adapters
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is any; a GPU for each process
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, float32 on CPU
     shard_within_node: bool = False  # true: each node holds a whole copy (HSDP), so that weights never cross nodes
     media: MediaConfig = field(default_factory=MediaConfig)
     prompts: str | None = None  # JSON file that replaces words of hov2/prompts.json
     max_prompt_length: int | None = None  # tokens, media included
-    on_long_prompt: Literal["error", "skip", "fewer_frames"] = "error"
+    on_long_prompt: Literal["error", "skip", "fewer_frames"] = "error"  # of a prompt beyond it
     encoding_cache: int = 0  # clips whose tower outputs are kept in memory (the towers are frozen, so this is exact)
     judge: JudgeConfig | None = None
     hang_minutes: float = 30.0  # a phase that lasts longer is said, with the rank and its stack; 0: never
@@ -119,18 +119,18 @@ class BaseConfig(Checked):
 class TrainConfig(BaseConfig):
     """What SFT and GRPO share."""
 
-    num_train_epochs: float = 1.0
+    num_train_epochs: float = 1.0  # times through the data
     max_steps: int | None = None  # stops earlier than the epochs say
-    learning_rate: float = 1e-6
-    lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"
-    warmup_steps: int = 0
+    learning_rate: float = 1e-6  # the highest, after the warm-up
+    lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"  # after the warm-up: down to 0, or as it is
+    warmup_steps: int = 0  # updates in which the learning rate rises
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    weight_decay: float = 0.0  # AdamW's
+    max_grad_norm: float = 1.0  # gradients are scaled down to it, over all ranks
     optimizer_states: Literal["float32", "cpu"] = "float32"  # cpu: AdamW's moments in the host's memory; slower steps
     lora: LoRAConfig | None = None  # null: all of the decoder's weights are trained
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: bool = True  # activations are computed again in the backward pass, not kept
     logprob_chunk: int = 128  # tokens whose logits exist at a time
     loader_workers: int = 0  # processes of a rank that read the next step's clips meanwhile; 0: read when needed
     max_bad_samples: float = 0.01  # share of the samples drawn that may be unusable before the run stops
@@ -138,13 +138,13 @@ class TrainConfig(BaseConfig):
     max_hours: float | None = None  # saves and ends in time before so many hours; leave the cluster's limit some more
     eval_data: list[Source] = field(default_factory=list)
     eval_steps: int = 0  # 0: never
-    eval_max_new_tokens: int = 2048
+    eval_max_new_tokens: int = 2048  # tokens of an answer to them
     eval_batch_size: int = 8  # questions decoded together on one rank
     save_steps: int = 0  # 0: only at the end
     keep_last: int = 0  # newest checkpoints that are kept; 0: all
     keep_every: int = 0  # checkpoints after a multiple of this many steps are kept too; 0: no others
     resume: Literal["auto", "never"] = "never"  # auto: from the newest whole checkpoint in output_dir, if there is one
-    report_to: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
+    report_to: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)  # beside metrics.jsonl
     profile_steps: list[int] = field(default_factory=list)  # steps that leave a trace of torch.profiler: log.traced
 
     def __post_init__(self):
@@ -161,8 +161,8 @@ class TrainConfig(BaseConfig):
 class SFTConfig(TrainConfig):
     """Stage 1, the supervised cold start."""
 
-    num_train_epochs: float = 2.0
-    learning_rate: float = 2e-5
+    num_train_epochs: float = 2.0  # times through the data
+    learning_rate: float = 2e-5  # the highest, after the warm-up
     samples_per_step: int = 32  # of all ranks together
     prompts_per_forward: int = 1  # samples in one forward pass of one rank
     train_on_prompt: bool = False  # true: the released rule, every text token of the conversation
@@ -175,24 +175,24 @@ class GRPOConfig(TrainConfig):
     prompts_per_step: int = 8  # of all ranks together
     prompts_per_forward: int = 1  # prompts (whole groups) in one forward pass of one rank
     completions_per_forward: int | None = None  # of each group; null: all. Fewer need less memory, more work
-    num_generations: int = 8
-    num_iterations: int = 1
-    temperature: float = 0.9
-    top_p: float = 1.0
-    top_k: int = 50
+    num_generations: int = 8  # completions of a prompt: a group, G
+    num_iterations: int = 1  # updates with each rollout, mu
+    temperature: float = 0.9  # of sampling, and of the log-probs in the loss
+    top_p: float = 1.0  # the smallest set of tokens with so much probability; 1: all
+    top_k: int = 50  # so many of the likeliest tokens; 0: all
     max_completion_length: int = 1024  # tokens, end-of-turn token included; a longer completion is cut off there
     stop_at_answer: bool = False  # a completion ends with its first `</answer>`, without an end-of-turn token
-    beta: float = 0.04
-    epsilon: float = 0.2
+    beta: float = 0.04  # weight of the KL term at first; it falls to a quarter. 0: no reference model
+    epsilon: float = 0.2  # ratios are clipped to 1 - epsilon and 1 + epsilon
     epsilon_high: float | None = None  # None: epsilon
-    loss_type: Literal["dapo", "grpo", "dr_grpo"] = "dapo"
+    loss_type: Literal["dapo", "grpo", "dr_grpo"] = "dapo"  # what the loss is divided by: grpo.grpo_loss
     scale_rewards: bool = False
     reward_weights: dict[Literal[REWARDS], float] = field(default_factory=lambda: {"format": 1.0, "accuracy": 1.0})
     judged_advantage: Literal["own", "full"] = "own"  # full: A(R_full) instead of the judged rewards' own (released)
     span: Literal["seen", "inside", "before_tag"] = "seen"  # the tokens that a judged reward reaches (spans.py)
-    format: Literal["strict", "released"] = "strict"
-    gate_threshold: float | None = None
-    mask_truncated_completions: bool = False
+    format: Literal["strict", "released"] = "strict"  # of the format reward: method.md, "The completion"
+    gate_threshold: float | None = None  # a judged score up to it zeroes what depends on it; null: off
+    mask_truncated_completions: bool = False  # completions cut off at the limit teach nothing
     alarms: AlarmConfig = field(default_factory=AlarmConfig)
     dump_every: int = 1  # steps between rollout dumps; 0: never
 
@@ -238,12 +238,12 @@ class EvalConfig(BaseConfig):
     benchmark: Literal["intentbench", "daily-omni", "worldsense"] | None = None  # instead of data
     benchmark_root: str | None = None  # the benchmark's folder, as its authors publish it
     system_prompt: str = "hov2"  # hov2: that of the prompts; none; qwen: the model's own default; else a text file
-    max_new_tokens: int = 2048
+    max_new_tokens: int = 2048  # tokens of an answer
     batch_size: int = 8  # questions decoded together on one rank
     num_samples: int = 1  # answers to each question
     temperature: float = 0.0  # 0: greedy
-    top_p: float = 1.0
-    top_k: int = 0
+    top_p: float = 1.0  # as for training
+    top_k: int = 0  # as for training
     filter: FilterConfig | None = None
     resume: bool = True  # go on with the answers in output_dir; false: sets them aside
 

@@ -66,7 +66,7 @@ def test_overrides(write):
         ({"resume": True}, "resume: True is not one of 'auto', 'never'"),
         ({"keep_last": -1}, ": keep_last: at least 0, got -1"),
         ({"keep_every": 100}, "keep_every: needs keep_last"),
-        ({"loss_type": "tokens"}, "loss_type: 'tokens' is not one of 'token', 'grpo', 'dr_grpo'"),
+        ({"loss_type": "tokens"}, "loss_type: 'tokens' is not one of 'dapo', 'grpo', 'dr_grpo'"),
         ({"report_to": ["mlflow"]}, "report_to[0]: 'mlflow' is not one of 'tensorboard', 'wandb'"),
         ({"reward_weights": {"format": "1"}}, "reward_weights.format: expected a number, got '1'"),
         ({"judge": {"timeout": 3}}, "judge: url, urls: expected one of the two"),
