@@ -456,8 +456,7 @@ def step_part(asked, device, kind):
         "prompt_tokens": len(inputs.prompt_ids),
     }
     if kind is Hov2:
-        shapes = plan.shapes_of(policy.thinker)
-        shapes.lora = True
+        shapes = replace(plan.shapes_of(policy.thinker), lora=True)  # its adapters are there already
         parts = plan.plan(shapes, config, 1, len(inputs.prompt_ids))
         found["plan_gib"] = {name: sum(sizes.values()) / plan.GIB for name, sizes in parts.items()}
     return found
