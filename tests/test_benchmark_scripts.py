@@ -94,7 +94,8 @@ def test_counted_flops_are_those_of_a_forward_pass():
     whole = counts[f"{type(way.policy).__name__}.{decoder}"]
     length = len(way.inputs.prompt_ids) + 6
     units = grpo_step.units_of(job, towers=0)
-    assert whole == 3 * (units.token * length + units.pair * length**2)  # this backend computes the masked half too
+    expected = 3 * (units.token * length + units.pair * length**2)  # this backend computes the masked half too
+    assert whole == pytest.approx(expected, rel=1e-3)  # transformers 5.17 makes its rotary angles by a product
     assert counts[f"{type(way.policy).__name__}.lm_head"] == 3 * 6 * units.head  # of completions alone
 
 

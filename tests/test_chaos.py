@@ -151,6 +151,7 @@ def tiny(tmp_path_factory):
     return lab
 
 
+@pytest.mark.slow  # a minute; .ci/run runs it
 def test_killed_twice_and_resumed(tiny):
     metrics, *_ = whole = tiny.outcome("whole")
     assert len(metrics) == 3 and all(line["loss"] and line["grad_norm"] for line in metrics)
