@@ -163,8 +163,8 @@ def make_mesh(device: torch.device, within_node: bool = False) -> DeviceMesh:
 def shard(policy: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, frozen: set[nn.Parameter]) -> nn.Module:
     """Shard a Policy by FSDP2: each decoder layer is one unit, the rest (embeddings, norm, lm_head) the root.
 
-    Of a mesh's two dimensions the first one replicates (HSDP): weights are gathered within a node, and only gradients travel
-    between nodes. Parameters stay in the type they have (float32 masters when trained), compute is in `dtype`,
+    Of a mesh's two dimensions the first one replicates (HSDP): weights are gathered within a node, and only gradients
+    travel between nodes. Parameters stay in the type they have (float32 masters when trained), compute is in `dtype`,
     gradients are reduced in float32. `frozen` parameters (the towers) are kept whole on each rank: a rank may run them
     whenever it likes, without the others. A unit may mix trained and frozen parameters, if the trained ones share one
     type.

@@ -80,7 +80,7 @@ def _humanomniv2(record: dict, root: Path, where: str) -> dict:
 
 @functools.lru_cache
 def _unpacked_in(root: Path, top: tuple[str, ...]) -> str:
-    """Return "videos" if the media folder `top` (its name in a tuple) is there and not beside the data file, else ""."""
+    """Return "videos" if the media folder `top` (its name in a tuple) is there, not beside the data file; else ""."""
     beside = Path(root, *top).exists()
     in_videos = Path(root, "videos", *top).exists()
     return "videos" if in_videos and not beside else ""

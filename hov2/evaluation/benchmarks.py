@@ -241,7 +241,7 @@ def intent_column(record: dict) -> tuple[str, str]:
 
 
 def groups(name: str, records: list[dict]) -> dict[str, dict[str, list[dict]]]:
-    """Return {table: {column: its records}}: first "paper", the columns of the paper's table and `Avg`, then breakdowns.
+    """Return {table: {column: its records}}: first "paper", the paper's columns and `Avg`, then breakdowns.
 
     Labels that are not known beforehand follow, sorted, then NOT_GIVEN.
     """
