@@ -52,7 +52,7 @@ def main(config: EvalConfig) -> None:
         samples = read_samples(config.data, config.seed)
     evaluator = Evaluator(
         run,
-        max_new_tokens=config.max_new_tokens,
+        max_completion_length=config.max_completion_length,
         batch_size=config.batch_size,
         num_samples=config.num_samples,
         temperature=config.temperature,
@@ -114,7 +114,7 @@ PROTOCOL_KEYS = (
     "prompts",
     "max_prompt_length",
     "on_long_prompt",
-    "max_new_tokens",
+    "max_completion_length",
     "batch_size",
     "num_samples",
     "temperature",

@@ -112,7 +112,7 @@ def main(config: GRPOConfig) -> None:
     first = checkpoints.resume()
     log = MetricsLog(config.output_dir, distributed.rank(), config.report_to, steps, first)
     dump = RolloutDump(config.output_dir, distributed.rank(), first)
-    scorer, timer, means = Scorer(run.judge, config.format, heartbeat=heartbeat), Timer(), Means()
+    scorer, timer, means = Scorer(run.judge, config.format_rule, heartbeat=heartbeat), Timer(), Means()
     guard = Guard(config, first, log.history)
     print0(scorer.note(samples))
     sampling = sampling_for(

@@ -210,7 +210,7 @@ def part_device(asked, device):
 
 def part_tests(asked, device):
     """Runs the tests that are marked `cuda`; without a GPU they are only looked for."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "tests/test_cuda.py", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "tests/model/test_cuda.py", "-p", "no:cacheprovider"]
     if device.type != "cuda":
         command.append("--collect-only")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -356,9 +356,11 @@ class OfTransformers:
 
     def __init__(self, kind, policy, inputs, sizes):
         self.policy, self.sizes, self.device = policy, sizes, next(policy.parameters()).device
-        for name in ("prompt_ids", "pixel_values", "mel"):
+        for name in ("prompt_ids", "pixel_values", "input_features"):
             setattr(inputs, name, getattr(inputs, name).to(self.device))
-        inputs.pixel_values, inputs.mel = (x.to(policy.thinker.dtype) for x in (inputs.pixel_values, inputs.mel))
+        inputs.pixel_values, inputs.input_features = (
+            x.to(policy.thinker.dtype) for x in (inputs.pixel_values, inputs.input_features)
+        )
         inputs.shape.grid_thw = inputs.shape.grid_thw.to(self.device)
         self.way = kind(policy.thinker, None, inputs, None)
         self.single = kind is Released

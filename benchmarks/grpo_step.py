@@ -58,7 +58,7 @@ class Transformers:
             "pixel_values_videos": self.inputs.pixel_values.repeat(copies, 1),
             "video_grid_thw": shape.grid_thw.repeat(copies, 1),
             "video_second_per_grid": torch.full((copies,), shape.second_per_grid, device=self.device),
-            "input_features": self.inputs.mel.repeat(copies, 1, 1),
+            "input_features": self.inputs.input_features.repeat(copies, 1, 1),
             "feature_attention_mask": torch.ones(copies, shape.mel_frames, dtype=torch.long, device=self.device),
         }
 

@@ -110,7 +110,7 @@ def random_inputs(vocab, video_tokens=1024, audio_tokens=375, text_tokens=160, s
         shape=shape,
         media_key=(seed,),
         pixel_values=patches,
-        mel=torch.randn(128, mel_frames, generator=g),
+        input_features=torch.randn(128, mel_frames, generator=g),
     )
 
 

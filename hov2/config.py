@@ -138,7 +138,7 @@ class TrainConfig(BaseConfig):
     max_hours: float | None = None  # saves and ends in time before so many hours; leave the cluster's limit some more
     eval_data: list[Source] = field(default_factory=list)
     eval_steps: int = 0  # 0: never
-    eval_max_new_tokens: int = 2048  # tokens of an answer to them
+    eval_max_completion_length: int = 2048  # tokens of an answer to them
     eval_batch_size: int = 8  # questions decoded together on one rank
     save_steps: int = 0  # 0: only at the end
     keep_last: int = 0  # newest checkpoints that are kept; 0: all
@@ -190,7 +190,7 @@ class GRPOConfig(TrainConfig):
     reward_weights: dict[Literal[REWARDS], float] = field(default_factory=lambda: {"format": 1.0, "accuracy": 1.0})
     judged_advantage: Literal["own", "full"] = "own"  # full: A(R_full) instead of the judged rewards' own (released)
     span: Literal["seen", "inside", "before_tag"] = "seen"  # the tokens that a judged reward reaches (spans.py)
-    format: Literal["strict", "released"] = "strict"  # of the format reward: method.md, "The completion"
+    format_rule: Literal["strict", "released"] = "strict"  # of the format reward: method.md, "The completion"
     gate_threshold: float | None = None  # a judged score up to it zeroes what depends on it; null: off
     mask_truncated_completions: bool = False  # completions cut off at the limit teach nothing
     alarms: AlarmConfig = field(default_factory=AlarmConfig)
@@ -238,7 +238,7 @@ class EvalConfig(BaseConfig):
     benchmark: Literal["intentbench", "daily-omni", "worldsense"] | None = None  # instead of data
     benchmark_root: str | None = None  # the benchmark's folder, as its authors publish it
     system_prompt: str = "hov2"  # hov2: that of the prompts; none; qwen: the model's own default; else a text file
-    max_new_tokens: int = 2048  # tokens of an answer
+    max_completion_length: int = 2048  # tokens of an answer
     batch_size: int = 8  # questions decoded together on one rank
     num_samples: int = 1  # answers to each question
     temperature: float = 0.0  # 0: greedy

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from helpers import tiny_thinker, tiny_tokenizer
-from test_training import write_data
 
 from hov2 import toy
+from tests.support.helpers import tiny_thinker, tiny_tokenizer
+from tests.test_training import write_data
 
 ROOT = Path(__file__).resolve().parent.parent
 MOMENTS = ("rollout", "update", "writing")
@@ -41,7 +41,7 @@ class Lab:
         phases.write_text("")
         command = [
             *torchrun(),
-            str(ROOT / "tests" / "chaos_run.py"),
+            str(ROOT / "tests" / "support" / "chaos_run.py"),
             self.config,
             f"output_dir={self.folder / name}",
             "resume=auto",

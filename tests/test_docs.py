@@ -15,11 +15,11 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from helpers import tiny_thinker, tiny_tokenizer
 
 from hov2.config import EvalConfig, GRPOConfig, SFTConfig
 from hov2.config_io import load_config
 from hov2.grpo import group_advantages, grpo_loss, token_advantages, token_terms
+from tests.support.helpers import tiny_thinker, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -236,7 +236,7 @@ def test_recipes_apply_and_run(tmp_path):
         copies.append(copy)
     assert len(copies) >= 3
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "recipe_runs.py"), *map(str, copies)],
+        [sys.executable, str(ROOT / "tests" / "support" / "recipe_runs.py"), *map(str, copies)],
         text=True,
         capture_output=True,
         timeout=240,

@@ -10,7 +10,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
-from judge_faults import stats
 
 from hov2 import judge as judge_module
 from hov2.config import JudgeConfig
@@ -18,6 +17,7 @@ from hov2.distributed import Means
 from hov2.judge import AccuracyJudge, Judge, JudgeError, JudgeReply, parse_score
 from hov2.prompts import load_prompts
 from hov2.scoring import Scorer
+from tests.support.judge_faults import stats
 
 KEY = "sk-very-secret-0123456789"
 SECRET_TEXT = "the woman in the green coat hides a letter"

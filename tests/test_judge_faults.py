@@ -13,8 +13,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from judge_faults import FAULTY, KIND, FaultyJudge, stats
-from judge_ranks import GROUP_TIMEOUT
 
 from hov2 import judge as judge_module
 from hov2 import judge_server, scoring, toy
@@ -25,6 +23,8 @@ from hov2.judge import Judge
 from hov2.judge_server import FAULTS, JudgeError
 from hov2.prompts import load_prompts
 from hov2.scoring import Scorer
+from tests.support.judge_faults import FAULTY, KIND, FaultyJudge, stats
+from tests.support.judge_ranks import GROUP_TIMEOUT
 
 ROOT = Path(__file__).resolve().parent.parent
 KEY = "sk-very-secret-0123456789"
@@ -333,7 +333,7 @@ def test_two_ranks_wait_together_for_longer_than_their_groups_timeout_and_stop_t
             "--standalone",
             "--nproc_per_node",
             "2",
-            str(ROOT / "tests" / "judge_ranks.py"),
+            str(ROOT / "tests" / "support" / "judge_ranks.py"),
             server.url,
             server.url,
             failing.url,

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import synth_clip, tiny_thinker, tiny_tokenizer
 from safetensors.torch import load_file
+
+from tests.support.helpers import synth_clip, tiny_thinker, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 3
@@ -51,7 +52,7 @@ def lab(tmp_path_factory):
         "output_dir": "",
         "data": [{"path": str(lab / "held_out.jsonl")}],
         "media": base["media"],
-        "max_new_tokens": 6,
+        "max_completion_length": 6,
         "batch_size": 3,
     }
     (lab / "eval.json").write_text(json.dumps(evaluation))
@@ -77,7 +78,7 @@ def single_process_runs(lab):
     held_out = json.dumps([{"path": str(lab / "held_out.jsonl")}])
     runs = [
         run(lab, "eval", "eval-1"),
-        run(lab, "sft", "held-out", f"eval_data={held_out}", "eval_steps=2", "eval_max_new_tokens=6"),
+        run(lab, "sft", "held-out", f"eval_data={held_out}", "eval_steps=2", "eval_max_completion_length=6"),
         run(lab, "sft", "sft-1"),
         run(lab, "sft", "sft-batch", "prompts_per_forward=4"),
         run(lab, "sft", "sft-prompt", "train_on_prompt=true", "max_steps=1"),
@@ -120,7 +121,7 @@ def launch(lab, processes, runs):
     )
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [*launcher, str(ROOT / "tests" / "train_runs.py"), str(lab / "runs.json")],
+        [*launcher, str(ROOT / "tests" / "support" / "train_runs.py"), str(lab / "runs.json")],
         cwd=ROOT,
         env=environment,
         capture_output=True,

@@ -54,14 +54,14 @@ class MediaShape:
 
 @dataclass
 class Inputs:
-    """A prompt as CPU tensors. `pixel_values` and `mel` are None where there is no such medium, or where the model
-    already has the encoding of `media_key`."""
+    """A prompt as CPU tensors. `pixel_values` and `input_features` are None where there is no such medium, or where
+    the model already has the encoding of `media_key`."""
 
     prompt_ids: Tensor  # (P,) int64
     shape: MediaShape
     media_key: tuple  # files and media settings; () for text alone
     pixel_values: Tensor | None = None  # (patches, 1176) float32
-    mel: Tensor | None = None  # (128, mel frames) float32
+    input_features: Tensor | None = None  # (128, mel frames) float32
 
 
 def media_key(sample: Sample, settings: MediaConfig) -> tuple:
@@ -113,11 +113,11 @@ class InputMaker:
         """The sample's inputs, however long."""
         key = media_key(sample, settings)
         if key in self.known:
-            shape, pixel_values, mel = self.known[key], None, None
+            shape, pixel_values, input_features = self.known[key], None, None
         else:
-            shape, pixel_values, mel = load_media(sample.paths, settings)
+            shape, pixel_values, input_features = load_media(sample.paths, settings)
         prompt_ids = _prompt_ids(sample, self.tokenizer, self.prompts, shape)
-        return Inputs(torch.tensor(prompt_ids), shape, key, pixel_values, mel)
+        return Inputs(torch.tensor(prompt_ids), shape, key, pixel_values, input_features)
 
 
 def load_media(paths: dict[str, str], settings: MediaConfig) -> tuple[MediaShape, Tensor | None, Tensor | None]:
@@ -127,7 +127,7 @@ def load_media(paths: dict[str, str], settings: MediaConfig) -> tuple[MediaShape
     """
     shape = MediaShape()
     pixel_values = None
-    mel = None
+    input_features = None
     for kind, path in paths.items():
         media = read_media(
             path,
@@ -143,16 +143,16 @@ def load_media(paths: dict[str, str], settings: MediaConfig) -> tuple[MediaShape
         if kind == "video":
             shape = replace(shape, second_per_grid=2 / media.sample_fps)
         if kind != "image" and media.audio is not None:
-            mel = log_mel(media.audio)
-            shape = replace(shape, mel_frames=mel.shape[1], audio_cut=media.audio_cut)
+            input_features = log_mel(media.audio)
+            shape = replace(shape, mel_frames=input_features.shape[1], audio_cut=media.audio_cut)
         if kind == "audio" and shape.audio_tokens == 0:
             raise MediaError(path, "the sound is shorter than one token of the audio tower (0.03 s)")
     if shape.audio_tokens == 0:  # a video's blip too short for the tower is no sound
-        mel = None
+        input_features = None
         shape = replace(shape, mel_frames=0)
-    if settings.interleave_audio and "video" in paths and mel is not None:
+    if settings.interleave_audio and "video" in paths and input_features is not None:
         shape = replace(shape, interleaved=True)
-    return shape, pixel_values, mel
+    return shape, pixel_values, input_features
 
 
 def _check_kind(kind: str, path: str, media: Media) -> None:

@@ -57,7 +57,7 @@ class Evaluator:
         self,
         run: Run,
         *,
-        max_new_tokens: int,
+        max_completion_length: int,
         batch_size: int,
         num_samples: int = 1,
         temperature: float = 0.0,
@@ -76,7 +76,7 @@ class Evaluator:
         self.sampling = sampling_for(
             run.tokenizer,
             run.policy.thinker.config,
-            max_completion_length=max_new_tokens,
+            max_completion_length=max_completion_length,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -176,7 +176,9 @@ class HeldOut:
         self.run = run
         self.best = None  # the highest accuracy so far
         self.samples = read_samples(config.eval_data, config.seed) if config.eval_steps else []
-        self.evaluator = Evaluator(run, max_new_tokens=config.eval_max_new_tokens, batch_size=config.eval_batch_size)
+        self.evaluator = Evaluator(
+            run, max_completion_length=config.eval_max_completion_length, batch_size=config.eval_batch_size
+        )
 
     def after(self, steps_done: int, steps: int) -> dict[str, float | None]:
         """Return the metrics of an evaluation when one is due after `steps_done` of `steps` steps, else {}."""

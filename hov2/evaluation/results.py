@@ -229,7 +229,7 @@ def _scores_of(summary: dict) -> dict[str, tuple[int, str, str]]:
 
 def format_protocol(protocol: dict) -> str:
     """Return one line that says how the answers were had."""
-    names = ["model", "system_prompt", "max_new_tokens", "max_frames", "fps", "max_pixels", "temperature"]
+    names = ["model", "system_prompt", "max_completion_length", "max_frames", "fps", "max_pixels", "temperature"]
     if protocol["temperature"]:  # else greedy
         names += ["top_p", "top_k", "num_samples", "seed"]
     values = protocol | protocol["media"]

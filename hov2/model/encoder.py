@@ -74,12 +74,12 @@ class Encoder:
 
     def _audio(self, inputs: Any) -> Tensor | None:
         """Return the audio tower's outputs for the sound: (audio tokens, D)."""
-        if inputs.mel is None:
+        if inputs.input_features is None:
             return None
         model = media_model_of(self.thinker)
-        mel = self._send(inputs.mel).to(model.audio_tower.dtype)[None]
-        mask = torch.ones(mel.shape[0], mel.shape[2], dtype=torch.long, device=self.device)
-        return model.get_audio_features(mel, mask).last_hidden_state
+        input_features = self._send(inputs.input_features).to(model.audio_tower.dtype)[None]
+        mask = torch.ones(input_features.shape[0], input_features.shape[2], dtype=torch.long, device=self.device)
+        return model.get_audio_features(input_features, mask).last_hidden_state
 
     def _positions(self, inputs: Any) -> Tensor:
         """Return 3-D rotary positions (3, P). On the CPU: transformers walks over the tokens in Python."""

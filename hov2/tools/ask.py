@@ -144,13 +144,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--system", metavar="TEXT", help="in place of the system prompt")
     parser.add_argument("--prompts", metavar="FILE", help="the words that the model was trained with")
     parser.add_argument("--batch", metavar="QUESTIONS.jsonl", help="many questions; JSON lines of answers to stdout")
-    parser.add_argument("--max-new-tokens", type=int, default=2048)
+    parser.add_argument("--max-completion-length", type=int, default=2048)
     args = parser.parse_args(argv)
-    if (args.question is None) == (args.batch is None) or args.max_new_tokens < 1:
-        parser.error("expected CLIP and QUESTION, or --batch; and --max-new-tokens of at least 1")
+    if (args.question is None) == (args.batch is None) or args.max_completion_length < 1:
+        parser.error("expected CLIP and QUESTION, or --batch; and --max-completion-length of at least 1")
     try:
         samples = read_questions(args)
-        asker = Asker(args.model, args.prompts, args.system, args.max_new_tokens)
+        asker = Asker(args.model, args.prompts, args.system, args.max_completion_length)
         if args.batch:
             return answer_all(asker, samples)
         return answer_one(asker, samples[0])

@@ -1,0 +1,264 @@
+"""A thinker comes from every published layout as transformers reads it, and goes back into what it came from; LoRA."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import Qwen2_5OmniThinkerForConditionalGeneration
+
+from hov2.config import ConfigError, LoRAConfig
+from hov2.model.encoder import Encoder
+from hov2.model.lora import LoRALinear, adapters_off, add_lora
+from hov2.model.prefix import causal_attention
+from hov2.model.thinker import Policy, decode, embed, load_thinker, load_tokenizer
+from hov2.model.versions import decoder_of
+from hov2.model.weights import ModelError, export
+from tests.support.helpers import tiny_thinker, tiny_tokenizer
+from tests.support.modelkit import random_inputs, use_hov2_attention
+
+
+@pytest.fixture
+def full_omni(tmp_path):
+    """A folder laid out as a full checkpoint: two shards, an index, a talker tensor, the thinker under `thinker.`."""
+    folder, thinker = tmp_path / "full", tiny_thinker()
+    thinker.save_pretrained(folder)
+    tensors = {f"thinker.{key}": value for key, value in load_file(folder / "model.safetensors").items()}
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    shards = {
+        "model-00001-of-00002.safetensors": {n: tensors[n] for n in names[:20]},
+        "model-00002-of-00002.safetensors": {n: tensors[n] for n in names[20:]} | {"talker.weight": torch.arange(5.0)},
+    }
+    for file, content in shards.items():
+        save_file(content, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: file for file, content in shards.items() for name in content}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    thinker_config = json.loads(thinker.config.to_json_string())
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2_5_omni", "thinker_config": thinker_config}))
+    (folder / "spk_dict.pt").write_bytes(b"left as it is")
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def changed_policy(folder):
+    """The folder's thinker with one tensor changed."""
+    policy = Policy(load_thinker(str(folder), torch.float32))
+    with torch.no_grad():
+        policy.thinker.lm_head.weight += 1
+    return policy
+
+
+def inside_names(folder):
+    """The folder's one file with the thinker's own names instead of the published ones."""
+    tiny_thinker().save_pretrained(folder)
+    save_file({k: v.contiguous() for k, v in tiny_thinker().state_dict().items()}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("layout", ["published names", "own names", "in several files", "tied"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_streamed_weights_equal_from_pretrained(tmp_path, layout, dtype):
+    thinker = tiny_thinker()
+    if layout == "tied":
+        thinker.config.tie_word_embeddings = True
+        thinker.tie_weights()
+    thinker.save_pretrained(tmp_path, max_shard_size="200KB" if layout == "in several files" else "1GB")
+    assert len(list(tmp_path.glob("*.safetensors"))) == (6 if layout == "in several files" else 1)
+    expected = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype)
+    if layout == "own names":
+        inside_names(tmp_path)
+    loaded = load_thinker(str(tmp_path), dtype)
+    assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) == (layout == "tied")
+    for kind in ("named_parameters", "named_buffers"):  # buffers are computed, and don't come from the files
+        pairs = list(zip(getattr(expected, kind)(), getattr(loaded, kind)(), strict=True))
+        assert len(pairs) >= 5
+        for (name, a), (other, b) in pairs:
+            assert name == other and a.dtype == b.dtype and torch.equal(a, b), name
+    inputs = random_inputs()
+    prompt = Encoder(loaded, torch.device("cpu"))(inputs)
+    logits = loaded.lm_head(
+        decode(loaded, embed(loaded, prompt.ids, prompt.visual, prompt.audio)[None], prompt.position_ids[:, None], None)
+    )
+    features = {
+        "pixel_values_videos": inputs.pixel_values.to(dtype),
+        "video_grid_thw": inputs.shape.grid_thw,
+        "video_second_per_grid": torch.tensor([inputs.shape.second_per_grid]),
+        "input_features": inputs.input_features[None].to(dtype),
+        "feature_attention_mask": torch.ones(1, inputs.input_features.shape[1], dtype=torch.long),
+    }
+    plain = expected(
+        input_ids=inputs.prompt_ids[None],
+        attention_mask=torch.ones(1, len(inputs.prompt_ids)),
+        use_audio_in_video=False,
+        **features,
+    ).logits
+    assert torch.equal(logits, plain)
+
+
+def test_thinker_loads_out_of_a_full_checkpoint(full_omni):
+    loaded = load_thinker(str(full_omni), torch.float32).state_dict()
+    for name, value in tiny_thinker().state_dict().items():
+        assert (loaded[name] == value).all(), name
+
+
+def test_a_hub_id_is_read_from_where_its_files_were_put(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--some--thinker"
+    tiny_thinker().save_pretrained(repository / "snapshots" / "abc", max_shard_size="200KB")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    assert torch.equal(load_thinker("some/thinker", torch.float32).lm_head.weight, tiny_thinker().lm_head.weight)
+
+
+def test_full_checkpoint_goes_back_into_a_full_one(full_omni, tmp_path):
+    policy = changed_policy(full_omni)
+    export(policy, tmp_path / "out", str(full_omni), torch.float32)
+    before, after = (
+        {k: v for f in folder.glob("*.safetensors") for k, v in load_file(f).items()}
+        for folder in (full_omni, tmp_path / "out")
+    )
+    assert before.keys() == after.keys()
+    assert {k for k in before if (before[k] != after[k]).any()} == {"thinker.lm_head.weight"}
+    assert (tmp_path / "out" / "spk_dict.pt").read_bytes() == b"left as it is"
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "qwen2_5_omni"
+    assert (load_thinker(str(tmp_path / "out"), torch.float32).lm_head.weight == policy.thinker.lm_head.weight).all()
+
+
+def test_thinker_goes_back_into_a_thinker(tmp_path):
+    tiny_thinker().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    policy = changed_policy(tmp_path / "model")
+    export(policy, tmp_path / "out", str(tmp_path / "model"), torch.bfloat16)
+    loaded = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(tmp_path / "out")
+    assert loaded.dtype == torch.bfloat16
+    assert (loaded.lm_head.weight == policy.thinker.lm_head.weight.bfloat16()).all()
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "out"))
+    assert before.keys() == after.keys()
+    small = [{p.name for p in (tmp_path / name).iterdir()} for name in ("model", "out")]
+    assert small[0] == small[1]
+    assert len(load_tokenizer(str(tmp_path / "out"))) == len(tiny_tokenizer())
+
+
+def test_a_model_that_is_not_there_is_one_clear_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match="no such folder, and not to be had from the model hub"):
+        load_thinker("nobody/nothing", torch.float32)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match=r"empty: the folder has no model or tokenizer"):
+        load_thinker(str(tmp_path / "empty"), torch.float32)
+
+
+def test_a_model_that_lacks_weights_is_refused(tmp_path):
+    tiny_thinker().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"1 of the thinker's weights are missing.*layers\.1\.mlp\.up_proj"):
+        load_thinker(str(tmp_path), torch.float32)
+    (tmp_path / "model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(ModelError, match="that transformers can read"):
+        load_thinker(str(tmp_path), torch.float32)
+
+
+def test_export_may_replace_the_folder_that_the_run_began_with(tmp_path):
+    tiny_thinker().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    policy = changed_policy(tmp_path / "model")
+    export(policy, tmp_path / "model", str(tmp_path / "model"), torch.float32)
+    assert (load_thinker(str(tmp_path / "model"), torch.float32).lm_head.weight == policy.thinker.lm_head.weight).all()
+    assert len(load_tokenizer(str(tmp_path / "model"))) == len(tiny_tokenizer())
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_tied_weights_go_back_under_every_key_of_theirs(tmp_path):
+    thinker = tiny_thinker()
+    thinker.config.tie_word_embeddings = True
+    thinker.tie_weights()
+    thinker.save_pretrained(tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    both = weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}
+    save_file(both, tmp_path / "model" / "model.safetensors")
+    export(changed_policy(tmp_path / "model"), tmp_path / "out", str(tmp_path / "model"), torch.float32)
+    out = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(out["lm_head.weight"], both["lm_head.weight"] + 1)
+    assert torch.equal(out["model.embed_tokens.weight"], out["lm_head.weight"])
+
+
+def lora_policy(folder, **settings):
+    """The folder's thinker with adapters that do something."""
+    thinker, g = load_thinker(str(folder), torch.float32), torch.Generator().manual_seed(1)
+    add_lora(thinker, LoRAConfig(**settings))
+    for module in thinker.modules():
+        if isinstance(module, LoRALinear):
+            module.start(g)
+            nn.init.normal_(module.lora_b, std=0.2, generator=g)
+    return Policy(thinker)
+
+
+def logits_of(thinker, ids):
+    return thinker(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+
+
+def test_merged_export_equals_the_adapter_on_and_off_is_the_base(tmp_path):
+    tiny_thinker().save_pretrained(tmp_path / "model")
+    policy, ids = lora_policy(tmp_path / "model", rank=4), torch.arange(20)[None]
+    trained = {name for name, p in policy.named_parameters() if p.requires_grad}
+    assert trained and all(name.endswith(("lora_a", "lora_b")) for name in trained)
+    export(policy, tmp_path / "out", str(tmp_path / "model"), torch.float32)
+    merged = load_thinker(str(tmp_path / "out"), torch.float32)
+    with torch.no_grad():
+        on, base = logits_of(policy.thinker, ids), logits_of(tiny_thinker(), ids)
+        torch.testing.assert_close(logits_of(merged, ids), on, atol=1e-5, rtol=0)
+        with adapters_off():
+            off = logits_of(policy.thinker, ids)
+    torch.testing.assert_close(off, base, atol=1e-6, rtol=0)
+    assert (on - base).abs().max() > 0.1
+    assert torch.equal(logits_of(policy.thinker, ids), on)  # on again
+
+
+def test_lora_goes_on_the_layers_that_are_named(tmp_path):
+    tiny_thinker().save_pretrained(tmp_path)
+    layers = lora_policy(tmp_path, target_modules=["q_proj", "up_proj"]).layers
+    names = {name for name, module in layers.named_modules() if isinstance(module, LoRALinear)}
+    assert names == {f"{i}.{part}" for i in (0, 1) for part in ("self_attn.q_proj", "mlp.up_proj")}
+    with pytest.raises(ConfigError, match=r"expected some of \[.*'q_proj'.*\], got \['query'\]"):
+        lora_policy(tmp_path, target_modules=["query"])
+
+
+@pytest.mark.parametrize(
+    "side", [1, 2, 3, 5]
+)  # windows of two merged tokens by two: whole ones, and cut ones at the edges
+@pytest.mark.parametrize("kind", ["video", "image"])
+def test_towers_equal_transformers_own_with_windows_of_any_sizes(side, kind):
+    inputs = random_inputs(side=side, mel_frames=230, frames=2 if kind == "image" else 6, kind=kind)
+    theirs, ours = (
+        Encoder(thinker, torch.device("cpu"))(inputs)
+        for thinker in (tiny_thinker(), use_hov2_attention(tiny_thinker()))
+    )
+    for expected, found in ((theirs.visual, ours.visual), (theirs.audio, ours.audio)):
+        assert expected.abs().max() > 0.01
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+def test_attention_of_our_own_equals_transformers_in_values_and_gradients():
+    prompt, results = None, []
+    for thinker in (tiny_thinker(), use_hov2_attention(tiny_thinker())):
+        prompt = Encoder(thinker, torch.device("cpu"))(random_inputs())
+        embeds = embed(thinker, prompt.ids, prompt.visual, prompt.audio)[None]
+        positions = prompt.position_ids[:, None]
+        if results:
+            hidden = decode(thinker, embeds, positions, lambda _, q, k, v, scale: causal_attention(q, k, v, scale))
+        else:
+            hidden = decoder_of(thinker)(inputs_embeds=embeds, position_ids=positions).last_hidden_state
+        hidden.square().sum().backward()
+        gradients = {name: p.grad for name, p in decoder_of(thinker).named_parameters()}
+        results.append((hidden.detach(), gradients))
+    (expected, expected_gradients), (found, gradients) = results
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
+    assert gradients.keys() == expected_gradients.keys()
+    largest = max(gradient.abs().max() for gradient in expected_gradients.values())
+    for name, gradient in expected_gradients.items():
+        torch.testing.assert_close(gradients[name], gradient, atol=float(largest) * 1e-5, rtol=0)
