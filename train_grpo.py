@@ -11,7 +11,7 @@ One step, and the loop in `main` has the same headings:
 3. Judge        all scores are asked for at once over HTTP, while the next point computes
 4. Reference    log-probs under the model that this stage began with, for the KL term
 5. Rewards      format and accuracy by rule, context and logic by judge; what could not be had is NaN, never 0
-6. Advantages   each reward minus its group's mean, laid on the tokens that this reward's judge has seen
+6. Advantages   each reward minus its group's mean, laid on the tokens that this reward reaches
 7. Update       `num_iterations` times: clipped policy gradient + KL over one global count of tokens
 8. Log          metrics, rollouts with every token's credit, held-out accuracy, checkpoint
 
@@ -21,7 +21,7 @@ is in hov2/grpo.py and nowhere else.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -36,27 +36,18 @@ from hov2.engine import optim
 from hov2.engine.checkpoint import Checkpoints
 from hov2.engine.guard import Guard, heartbeat
 from hov2.engine.log import MetricsLog, RolloutDump, Timer, traced
+from hov2.engine.records import dump_record, log_completions, log_rewards, log_update
 from hov2.engine.setup import Run, command, print0, report_derived, start
 from hov2.evaluation.evaluator import HeldOut
-from hov2.grpo import (
-    apply_gate,
-    full_reward,
-    grpo_loss,
-    kl_coef,
-    masked_mean,
-    reward_advantages,
-    sampling_kl,
-    token_advantages,
-    token_terms,
-)
+from hov2.grpo import apply_gate, grpo_loss, kl_coef, span_advantages, span_rewards, token_advantages
 from hov2.model.encoder import Prompt
 from hov2.model.lora import adapters_off
 from hov2.model.prefix import group_logps
 from hov2.model.rollout import Rollout, Sampling, generate, make_generator, sampling_for
 from hov2.model.thinker import Policy, load_reference, set_training
 from hov2.model.weights import export
-from hov2.scoring import Score, Scorer
-from hov2.spans import completion_texts, completion_tokens, find_block, span_masks, text_offsets
+from hov2.scoring import Pending, Score, Scorer
+from hov2.spans import completion_texts, completion_tokens, span_masks
 
 
 @dataclass
@@ -73,10 +64,12 @@ class Group:
     token_bytes: list[list[bytes]] | None = None  # the tokens of each completion
     texts: list[str] | None = None  # of each completion, without the end-of-turn token
     mask: Tensor | None = None  # (G, C): tokens that count in the loss
-    # 4. to 6. filled in the loop
+    # 3. to 6. filled in the loop
+    pending: dict[str, list[Pending]] = field(default_factory=dict)  # reward name -> G scores on their way
     ref_logps: Tensor | None = None  # (G, C); None without a reference
-    scores: dict[str, list[Score]] | None = None  # reward name -> G scores
-    credits: dict[str, Tensor] | None = None  # reach ("full", "context", "logic") -> (G, C): the parts of `advantages`
+    scores: dict[str, list[Score]] = field(default_factory=dict)  # reward name -> G scores
+    span_masks: dict[str, Tensor] | None = None  # "completion", "context", "think" -> (G, C): the tokens of each span
+    span_advantages: dict[str, Tensor] | None = None  # of the spans that a reward reaches -> (G,)
     advantages: Tensor | None = None  # (G, C)
     # 7. filled by the updates
     old_logps: Tensor | None = None  # (G, C), of the first update's own forward pass
@@ -145,11 +138,10 @@ def main(config: GRPOConfig) -> None:
         with timer("data_wait"):
             loaded = loader.next_step(step)
         with timer("encode"):
-            groups = [
-                Group(slot, index, sample, run.encoder(inputs))
-                for slot, (index, sample, inputs) in zip(loader.slots, loaded)
-            ]
-            means.add("media/audio_cut", [inputs.shape.audio_cut for _, _, inputs in loaded])
+            groups = []
+            for slot, (index, sample, inputs) in zip(loader.slots, loaded):
+                groups.append(Group(slot, index, sample, run.encoder(inputs)))
+                means.add("media/audio_cut", inputs.shape.audio_cut)
 
         # --- 2. Rollout: G completions of each prompt -----------------------------------------------------------------
         with timer("rollout"):
@@ -158,10 +150,9 @@ def main(config: GRPOConfig) -> None:
             set_training(policy, True, config.gradient_checkpointing)
 
         # --- 3. Judge: every score of the step is on its way before the next forward pass -----------------------------
-        pending = [
-            {name: [scorer.submit(name, text, g.sample) for text in g.texts] for name in config.reward_weights}
-            for g in groups
-        ]
+        for group in groups:
+            for name in config.reward_weights:
+                group.pending[name] = [scorer.submit(name, text, group.sample) for text in group.texts]
 
         # --- 4. Reference: log-probs under the stage's first model, without gradient ----------------------------------
         batches = micro_batches(groups, config)
@@ -170,27 +161,21 @@ def main(config: GRPOConfig) -> None:
 
         # --- 5. Rewards: (groups, G) for each name, NaN where missing -------------------------------------------------
         with timer("judge"):
-            scorer.wait_for_scores([score for of_group in pending for scores in of_group.values() for score in scores])
-            for group, of_group in zip(groups, pending):
-                group.scores = {name: [score.result() for score in scores] for name, scores in of_group.items()}
-        rewards = {
-            name: torch.tensor([[score.number for score in group.scores[name]] for group in groups])
-            for name in config.reward_weights
-        }
-        log_scores(means, groups, rewards)
+            rewards = collect_scores(scorer, groups)
+        log_completions(means, groups)
         if config.gate_threshold is not None:
             rewards = apply_gate(rewards, config.gate_threshold)
-        log_rewards(means, full_reward(rewards, config.reward_weights))
+        of_spans = span_rewards(rewards, config.reward_weights)  # "completion": R_full
+        log_rewards(means, of_spans["completion"])
 
         # --- 6. Advantages: which reward reaches which token ----------------------------------------------------------
-        advantages = reward_advantages(
-            rewards, config.reward_weights, scale_rewards=config.scale_rewards, judged_advantage=config.judged_advantage
+        advantages = span_advantages(
+            of_spans, scale_rewards=config.scale_rewards, judged_advantage=config.judged_advantage
         )
         for i, group in enumerate(groups):
-            masks = completion_masks(group, config.span)
-            of_group = {reach: of_groups[i].to(device) for reach, of_groups in advantages.items()}
-            group.credits = {reach: of_group[reach][:, None] * masks[reach] for reach in of_group}
-            group.advantages = token_advantages(of_group, masks)
+            group.span_masks = completion_masks(group, config.span)
+            group.span_advantages = {span: of_groups[i].to(device) for span, of_groups in advantages.items()}
+            group.advantages = token_advantages(group.span_advantages, group.span_masks)
 
         # --- 7. Update: the same rollouts, num_iterations times -------------------------------------------------------
         num_items = items_of_step(groups, config)
@@ -233,7 +218,7 @@ def main(config: GRPOConfig) -> None:
                     optim.set_learning_rate(optimizer, rate)
                     optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-                guard.check_update(step, grad_norm, [[group.sample.id for group, _ in batch] for batch in batches])
+                guard.check_update(step, grad_norm, [sample_ids(batch) for batch in batches])
 
         # --- 8. Log: metrics, rollouts, held-out questions, checkpoint ------------------------------------------------
         if config.dump_every and step % config.dump_every == 0:
@@ -274,32 +259,42 @@ def sample_completions(run: Run, groups: list[Group], sampling: Sampling, step: 
         group.rollout = rollout
         group.token_bytes = completion_tokens(run.tokenizer, rollout)
         group.texts = completion_texts(group.token_bytes)
-        kept = ~rollout.truncated if config.mask_truncated_completions else torch.ones_like(rollout.truncated)
-        group.mask = rollout.completion_mask & kept[:, None]
-        group.logps, group.old_logps, ref_logps = torch.zeros(3, *group.mask.shape, device=run.device)
-        group.ref_logps = ref_logps if config.beta else None
+        group.mask = rollout.completion_mask
+        if config.mask_truncated_completions:
+            group.mask = group.mask & ~rollout.truncated[:, None]
+        group.logps = torch.zeros(group.mask.shape, device=run.device)
+        group.old_logps = torch.zeros_like(group.logps)
+        group.ref_logps = torch.zeros_like(group.logps) if config.beta else None
 
 
 def micro_batches(groups: list[Group], config: GRPOConfig) -> list[Batch]:
     """What goes through the model at a time: lists of (group, rows), some or all completions of a few groups."""
-    n, g = config.prompts_per_forward, config.num_generations
-    k = config.completions_per_forward or g
-    return [
-        [(group, slice(row, row + k)) for group in groups[i : i + n]]
-        for i in range(0, len(groups), n)
-        for row in range(0, g, k)
-    ]
+    rows_at_a_time = config.completions_per_forward or config.num_generations
+    batches = []
+    for first in range(0, len(groups), config.prompts_per_forward):
+        for row in range(0, config.num_generations, rows_at_a_time):
+            rows = slice(row, row + rows_at_a_time)
+            batches.append([(group, rows) for group in groups[first : first + config.prompts_per_forward]])
+    return batches
 
 
-def forward(policy: Policy, batch: Batch, config: GRPOConfig) -> list[list[Tensor]]:
+def sample_ids(batch: Batch) -> list[str]:
+    """The ids of a batch's samples."""
+    return [group.sample.id for group, _ in batch]
+
+
+def forward(policy: Policy, batch: Batch, config: GRPOConfig) -> tuple[list[Tensor], list[Tensor]]:
     """Log-probs and entropies of a batch's completions under `policy`: two lists of (rows, C), zero on padding."""
-    lengths = [max(len(tokens) for tokens in group.token_bytes[rows]) for group, rows in batch]
-    completions = [group.rollout.completion_ids[rows, :length] for (group, rows), length in zip(batch, lengths)]
-    logps, entropies = policy(
-        group_logps, [group.prompt for group, _ in batch], completions, config.temperature, config.logprob_chunk
-    )
-    widths = [group.mask.shape[1] - length for (group, _), length in zip(batch, lengths)]
-    return [[F.pad(x, (0, width)) for x, width in zip(xs, widths)] for xs in (logps, entropies)]
+    prompts, completions, paddings = [], [], []
+    for group, rows in batch:
+        length = max(len(tokens) for tokens in group.token_bytes[rows])
+        prompts.append(group.prompt)
+        completions.append(group.rollout.completion_ids[rows, :length])
+        paddings.append(group.mask.shape[1] - length)
+    logps, entropies = policy(group_logps, prompts, completions, config.temperature, config.logprob_chunk)
+    logps = [F.pad(values, (0, padding)) for values, padding in zip(logps, paddings)]
+    entropies = [F.pad(values, (0, padding)) for values, padding in zip(entropies, paddings)]
+    return logps, entropies
 
 
 @torch.no_grad()
@@ -315,14 +310,28 @@ def reference_logps(reference: Policy | None, batches: list[Batch], config: GRPO
     distributed.reshard(reference)
 
 
+def collect_scores(scorer: Scorer, groups: list[Group]) -> dict[str, Tensor]:
+    """Waits for all that is pending, fills each group's `scores`; {reward name: (groups, G)}, NaN where missing."""
+    pending = []
+    for group in groups:
+        for scores in group.pending.values():
+            pending.extend(scores)
+    scorer.wait_for_scores(pending)
+    rewards = {}
+    for group in groups:
+        for name, scores in group.pending.items():
+            group.scores[name] = [score.result() for score in scores]
+            rewards.setdefault(name, []).append([score.number for score in group.scores[name]])
+    return {name: torch.tensor(of_groups) for name, of_groups in rewards.items()}
+
+
 def completion_masks(group: Group, span: str) -> dict[str, Tensor]:
-    """For each reach, which tokens it covers: {"full", "context", "logic"} of (G, C), zero on padding."""
-    rows = [span_masks(tokens, span) for tokens in group.token_bytes]
-    width, device = group.mask.shape[1], group.mask.device
-    return {
-        name: torch.stack([F.pad(row[name], (0, width - len(row[name]))) for row in rows]).to(device)
-        for name in rows[0]
-    }
+    """The tokens of each span: {"completion", "context", "think"} of (G, C), zero on padding."""
+    masks = {name: torch.zeros(group.mask.shape) for name in ("completion", "context", "think")}
+    for row, tokens in enumerate(group.token_bytes):
+        for name, mask in span_masks(tokens, span).items():
+            masks[name][row, : len(tokens)] = mask
+    return {name: mask.to(group.mask.device) for name, mask in masks.items()}
 
 
 def items_of_step(groups: list[Group], config: GRPOConfig) -> Tensor | int:
@@ -330,98 +339,6 @@ def items_of_step(groups: list[Group], config: GRPOConfig) -> Tensor | int:
     if config.loss_type != "dapo":
         return config.prompts_per_step * config.num_generations
     return distributed.global_sum(sum(group.mask.sum() for group in groups)).clamp(min=1)
-
-
-def log_scores(means: Means, groups: list[Group], rewards: dict[str, Tensor]) -> None:
-    """The metrics of the completions and of each reward as it was scored."""
-    for name, values in rewards.items():
-        means.add(f"rewards/{name}/mean", values)
-        means.add(f"rewards/{name}/missing", [[score.missing for score in group.scores[name]] for group in groups])
-    for group in groups:
-        means.add("completions/mean_length", group.rollout.completion_mask.sum(1))
-        means.add("completions/clipped_ratio", group.rollout.truncated)
-        for tag in ("context", "think"):
-            means.add(f"spans/{tag}_found", [find_block(text, tag) is not None for text in group.texts])
-
-
-def log_update(
-    means: Means, group: Group, rows: slice, metrics: dict[str, Tensor], entropy: Tensor, first: bool
-) -> None:
-    """The metrics of one forward pass over a group's `rows`; each token counts the same."""
-    mask = group.mask[rows]
-    metrics = metrics | {"entropy": masked_mean(entropy, mask)}
-    if first and group.rollout.sampling_logps is not None:
-        metrics["sampling/kl"] = sampling_kl(group.logps[rows], group.rollout.sampling_logps[rows], mask)
-    for name, value in metrics.items():
-        means.add(name, value, weight=mask.sum())
-
-
-def log_rewards(means: Means, full: Tensor) -> None:
-    """The metrics of R_full (groups, G), as it is trained on."""
-    means.add("reward", full)
-    for row in full:
-        present = row[~row.isnan()]
-        if len(present) > 1:
-            means.add("reward_std", present.std())
-            means.add("frac_reward_zero_std", float(present.max() == present.min()))
-
-
-def dump_record(step: int, group: Group, config: GRPOConfig) -> dict:
-    """One line of rollouts.jsonl: the prompt's sample, and each completion with all that happened to its tokens."""
-    terms = token_terms(
-        group.logps,
-        group.old_logps,
-        group.ref_logps,
-        group.advantages,
-        group.mask,
-        epsilon=config.epsilon,
-        epsilon_high=config.epsilon_high,
-    )
-    per_token = {
-        "logp": group.logps,
-        "old_logp": group.old_logps,
-        "ref_logp": group.ref_logps,
-        "ratio": terms["ratio"],
-        "kl": terms["kl"],
-        "clipped": terms["clipped_low"] | terms["clipped_high"],
-    }
-    per_token |= {f"credit/{name}": values for name, values in group.credits.items()}
-    completions = []
-    for g, tokens in enumerate(group.token_bytes):
-        text, ends = text_offsets(tokens)
-        completions.append(
-            {
-                "text": text,
-                "token_ends": ends,
-                "token_ids": group.rollout.completion_ids[g, : len(tokens)].tolist(),
-                "rewards": {name: scores[g].value for name, scores in group.scores.items()},
-                "judge_replies": {
-                    name: scores[g].raw for name, scores in group.scores.items() if scores[g].raw is not None
-                },
-                "truncated": bool(group.rollout.truncated[g]),
-                "tokens": {
-                    name: rounded(values[g, : len(tokens)]) for name, values in per_token.items() if values is not None
-                },
-            }
-        )
-    sample = group.sample
-    return {
-        "step": step,
-        "sample": sample.id,
-        "index": group.index,
-        "problem": sample.problem,
-        "options": sample.options,
-        "problem_type": sample.problem_type,
-        "solution": sample.solution,
-        "media": sample.paths,
-        "prompt_tokens": len(group.prompt.ids),
-        "completions": completions,
-    }
-
-
-def rounded(values: Tensor) -> list:
-    """A tensor's values as plain numbers, floats to 5 places."""
-    return [round(value, 5) if isinstance(value, float) else value for value in values.tolist()]
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ these dataclasses.
 from dataclasses import dataclass, field
 from typing import Literal
 
-REWARDS = ("format", "accuracy", "context", "logic")
+from hov2.rewards import REWARDS
+
 MAY_BE_0 = ("top_k", "max_retries", "max_bad_steps", "dump_every")  # beside the whole numbers whose default is 0
 ABOVE_0 = ("timeout", "alpha", "top_p")
 
@@ -187,7 +188,9 @@ class GRPOConfig(TrainConfig):
     epsilon_high: float | None = None  # None: epsilon
     loss_type: Literal["dapo", "grpo", "dr_grpo"] = "dapo"  # what the loss is divided by: grpo.grpo_loss
     scale_rewards: bool = False
-    reward_weights: dict[Literal[REWARDS], float] = field(default_factory=lambda: {"format": 1.0, "accuracy": 1.0})
+    reward_weights: dict[Literal[tuple(REWARDS)], float] = field(
+        default_factory=lambda: {"format": 1.0, "accuracy": 1.0}
+    )
     judged_advantage: Literal["own", "full"] = "own"  # full: A(R_full) instead of the judged rewards' own (released)
     span: Literal["seen", "inside", "before_tag"] = "seen"  # the tokens that a judged reward reaches (spans.py)
     format_rule: Literal["strict", "released"] = "strict"  # of the format reward: method.md, "The completion"
@@ -199,11 +202,12 @@ class GRPOConfig(TrainConfig):
     def __post_init__(self):
         """Refuses values that can't train."""
         super().__post_init__()
+        of_completion = [name for name, reward in REWARDS.items() if reward.span == "completion"]
         _need(
-            {"format", "accuracy"} & set(self.reward_weights),
-            "reward_weights: format or accuracy is needed, the rewards that reach every token",
+            set(of_completion) & set(self.reward_weights),
+            f"reward_weights: {' or '.join(of_completion)} is needed, the rewards that reach every token",
         )
-        judged = [repr(name) for name in ("context", "logic") if name in self.reward_weights]
+        judged = [repr(name) for name, reward in REWARDS.items() if reward.needs_judge and name in self.reward_weights]
         _need(
             self.judge or not judged,
             f"reward_weights: {' and '.join(judged)} needs a judge; give one as `judge`, or leave it out",

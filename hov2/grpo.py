@@ -1,7 +1,7 @@
 """GRPO's math: from rewards to advantages, from advantages to tokens, from tokens to the loss.
 
-Pure functions, tensors in and tensors out: no I/O, no distributed calls, no globals. NaN in a reward means *missing*
-(a judge that could not be asked), which is never the same as 0.
+Pure functions, tensors in and tensors out: no I/O, no distributed calls. NaN in a reward means *missing* (a judge that
+could not be asked), which is never the same as 0. Which tokens a reward reaches stands in `rewards.REWARDS`.
 
 Shapes: N groups (prompts), G completions of a group, B = N * G rows, C completion tokens.
 """
@@ -9,8 +9,7 @@ Shapes: N groups (prompts), G completions of a group, B = N * G rows, C completi
 import torch
 from torch import Tensor
 
-JUDGED = ("context", "logic")  # the rewards that reach only a part of a completion's tokens
-
+from hov2.rewards import REWARDS
 
 # --- rewards -> advantages --------------------------------------------------------------------------------------------
 
@@ -50,35 +49,30 @@ def apply_gate(rewards: dict[str, Tensor], threshold: float) -> dict[str, Tensor
     return gated
 
 
-def full_reward(rewards: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
-    """R_full = sum of weight * reward over the rewards that reach every token (format, accuracy): (N, G).
+def span_rewards(rewards: dict[str, Tensor], weights: dict[str, float]) -> dict[str, Tensor]:
+    """R of each span: the sum of weight * reward over the rewards that reach it.
 
-    A missing component makes R_full of that completion missing as a whole.
+    rewards: {name: (N, G)}. Returns {"completion": R_full, "context": ..., "think": ...}, all (N, G), without the spans
+    that no reward has. A missing component makes the sum of that completion missing as a whole.
     """
-    return sum(weights[name] * rewards[name] for name in weights if name not in JUDGED)
+    sums = {}
+    for name, weight in weights.items():
+        span = REWARDS[name].span
+        sums[span] = sums.get(span, 0.0) + weight * rewards[name]
+    return sums
 
 
-def reward_advantages(
-    rewards: dict[str, Tensor],
-    weights: dict[str, float],
-    *,
-    scale_rewards: bool = False,
-    judged_advantage: str = "own",
+def span_advantages(
+    rewards: dict[str, Tensor], *, scale_rewards: bool = False, judged_advantage: str = "own"
 ) -> dict[str, Tensor]:
-    """An advantage for each reach: {"full": A(R_full), "context": A(w_ctx r_ctx), "logic": A(w_log r_log)}, all (N, G).
+    """An advantage for each span: A(R) of its own R (`span_rewards`), all (N, G).
 
-    `judged_advantage="full"` puts A(R_full) in place of the judged rewards' own advantages, which is what the released
-    code computes: there the judge's score itself never reaches the gradient.
+    `judged_advantage="full"` puts A(R_full) in place of the context's and the think block's own, which is what the
+    released code computes: there the judge's score itself never reaches the gradient.
     """
-    advantages = {"full": group_advantages(full_reward(rewards, weights), scale_rewards)}
-    for name in JUDGED:
-        if name in weights:
-            own = (
-                advantages["full"]
-                if judged_advantage == "full"
-                else group_advantages(weights[name] * rewards[name], scale_rewards)
-            )
-            advantages[name] = own
+    advantages = {span: group_advantages(values, scale_rewards) for span, values in rewards.items()}
+    if judged_advantage == "full":
+        advantages = dict.fromkeys(advantages, advantages["completion"])
     return advantages
 
 
@@ -86,12 +80,12 @@ def reward_advantages(
 
 
 def token_advantages(advantages: dict[str, Tensor], masks: dict[str, Tensor]) -> Tensor:
-    """A_t = A(R_full) + [token t is reached by context] A(context) + [... by logic] A(logic).
+    """A_t = A(R_full) + [t in the span of context] A(R_context) + [t in the span of think] A(R_think).
 
-    advantages: {"full": (G,), "context": (G,), "logic": (G,)}; masks: {name: (G, C)} of 0 and 1 (`spans.span_masks`).
-    Returns (G, C). Source: method.md "Advantage: which reward reaches which token".
+    advantages: {span: (G,)}; masks: {span: (G, C)} of 0 and 1 (`spans.span_masks`). Returns (G, C).
+    Source: method.md "Advantage: which reward reaches which token".
     """
-    return sum(advantage[:, None] * masks[name] for name, advantage in advantages.items())
+    return sum(advantage[:, None] * masks[span] for span, advantage in advantages.items())
 
 
 # --- tokens -> loss ---------------------------------------------------------------------------------------------------

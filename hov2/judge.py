@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hov2.answers import block_text, set_f1
+from hov2.answers import set_f1
 from hov2.config import JudgeConfig
 from hov2.distributed import atomic_write
 from hov2.judge_server import Fault, JudgeError, Server
@@ -97,23 +97,6 @@ class Judge:
         self._replies.append(reply)
         return reply
 
-    def context(self, completion: str, solution: str) -> JudgeReply:
-        """Return the context reward of a completion: how far its context covers the solution's.
-
-        0 without a request if the completion has no context; None without an error if the solution has none.
-        """
-        reference, candidate = block_text(solution, "context"), block_text(completion, "context")
-        if not reference or not candidate:
-            return JudgeReply(0.0 if reference else None)
-        return self.score("context", reference=reference, candidate=candidate)
-
-    def logic(self, completion: str) -> JudgeReply:
-        """Return the logic reward of a completion; 0 without a request if it has no context or no think block."""
-        context, think = block_text(completion, "context"), block_text(completion, "think")
-        if not context or not think:
-            return JudgeReply(0.0)
-        return self.score("logic", context=context, think=think)
-
     def probe(self) -> JudgeReply:
         """Ask one small question, also of servers that are left alone; the reply's `error` says why none answered."""
         return self._ask([{"role": "user", "content": "Reply with the number 5."}])
@@ -170,15 +153,21 @@ class Judge:
         return JudgeReply(None, raw, error, time.monotonic() - started, tuple(faults))
 
 
-class AccuracyJudge:
-    """The judge as `rewards.accuracy_reward` uses it, for one answer; `reply` keeps what the server said. It waits."""
+class CompletionJudge:
+    """The judge as the rewards use it, for one completion; `reply` keeps what the server said last. It waits."""
 
     def __init__(self, judge: Judge):
-        self.judge, self.reply = judge, JudgeReply(None)
+        self.judge = judge
+        self.reply = JudgeReply(None)
+
+    def ask(self, kind: str, **fields: Any) -> float | None:
+        """Return the score in [0, 1] of the rubric `kind`, filled with `fields`, or None."""
+        self.reply = self.judge.score(kind, **fields)
+        return self.reply.score
 
     def consistency(self, answer: str, reference: str) -> float | None:
         """Return how well two free-form answers agree, in [0, 1], or None."""
-        return self._ask("consistency", answer=answer, reference=reference)
+        return self.ask("consistency", answer=answer, reference=reference)
 
     def synonyms(self, answer: set[str], reference: set[str]) -> float | None:
         """Return F1 between two sets of emotion words with synonyms counted as one, or None.
@@ -189,12 +178,8 @@ class AccuracyJudge:
         if not first or not second:
             return set_f1(answer, reference)
         most = min(len(first), len(second))
-        score = self._ask("synonyms", first="\n".join(first), second="\n".join(second), most=most)
+        score = self.ask("synonyms", first="\n".join(first), second="\n".join(second), most=most)
         return None if score is None else set_f1(answer, reference, synonyms=score * most)
-
-    def _ask(self, kind: str, **fields: Any) -> float | None:
-        self.reply = self.judge.score(kind, **fields)
-        return self.reply.score
 
 
 def _digest(model: str, messages: list[dict]) -> str:

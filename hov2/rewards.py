@@ -1,16 +1,19 @@
-"""Rewards by rule: text in, a float out (method.md, "The completion" and "Samples").
+"""The rewards: what each scores, and which tokens of a completion it reaches (method.md, "Rewards").
 
-`format_reward` judges the shape of a completion, `accuracy_reward` its answer against the reference, by problem type
-(answers.py).
+`REWARDS`, at the end, is the one table of them: config, scoring, advantages, masks and metrics read it. To add a
+reward, write a function from a `Completion` to a number in [0, 1] and give it a row.
 """
 
 import re
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from hov2.answers import (
     PROBLEM_TYPES,
     TAG,
     answer_text,
+    block_text,
     check_reference,
     mean_relative_accuracy,
     parse_answer,
@@ -22,8 +25,11 @@ _RELEASED = re.compile(r"<context>(?>.*?</context>\s*<think>)(?>.*?</think>\s*<a
 _ONE_OF_EACH = sorted(["<context>", "</context>", "<think>", "</think>", "<answer>", "</answer>"])
 
 
-class AnswerJudge(Protocol):
-    """Whoever scores the answers that no rule can: `judge.AccuracyJudge`. None where it failed to say."""
+class AnyJudge(Protocol):
+    """Whoever scores what no rule can: `judge.CompletionJudge`. None where it failed to say."""
+
+    def ask(self, kind: str, **fields: Any) -> float | None:
+        """Return the score in [0, 1] of the rubric `kind` of prompts.json, filled with `fields`."""
 
     def consistency(self, answer: str, reference: str) -> float | None:
         """Return how well two free-form answers agree, in [0, 1]."""
@@ -49,7 +55,7 @@ def format_reward(text: str, rule: str = "strict") -> float:
 
 
 def accuracy_reward(
-    text: str, solution: str, problem_type: str, judge: AnswerJudge | None = None, *, evaluation: bool = False
+    text: str, solution: str, problem_type: str, judge: AnyJudge | None = None, *, evaluation: bool = False
 ) -> float | None:
     """Return how right the answer of the completion `text` is, in [0, 1]; None if the judge failed to say.
 
@@ -72,3 +78,69 @@ def accuracy_reward(
     if evaluation and problem_type == "regression":
         return float(mean_relative_accuracy(parsed, reference))
     return float(PROBLEM_TYPES[problem_type].score(parsed, reference))
+
+
+@dataclass
+class Completion:
+    """What a reward is computed from: what the policy wrote, for which sample, and whom to ask."""
+
+    text: str
+    sample: Any  # data.samples.Sample
+    judge: AnyJudge | None = None
+    format_rule: str = "strict"
+    evaluation: bool = False
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A row of REWARDS."""
+
+    score: Callable[[Completion], float | None]  # in [0, 1]; None where it doesn't apply, or where the judge failed
+    span: str  # the tokens that it reaches: all of the "completion", or up to the end of its "context" or "think" block
+    needs_judge: bool = False  # it can't do without
+
+
+def _format(completion: Completion) -> float:
+    return format_reward(completion.text, completion.format_rule)
+
+
+def _accuracy(completion: Completion) -> float | None:
+    sample = completion.sample
+    return accuracy_reward(
+        completion.text,
+        sample.solution,
+        sample.problem_type,
+        completion.judge,
+        evaluation=completion.evaluation,
+    )
+
+
+def context_reward(completion: Completion) -> float | None:
+    """Return how far the completion's context covers the solution's, by the judge.
+
+    0 without a request if the completion has no context; None if the solution has none.
+    """
+    reference = block_text(completion.sample.solution, "context")
+    candidate = block_text(completion.text, "context")
+    if not reference:
+        return None
+    if not candidate:
+        return 0.0
+    return completion.judge.ask("context", reference=reference, candidate=candidate)
+
+
+def logic_reward(completion: Completion) -> float | None:
+    """Return how well the reasoning rests on the context, by the judge; 0 without a request if either is absent."""
+    context = block_text(completion.text, "context")
+    think = block_text(completion.text, "think")
+    if not context or not think:
+        return 0.0
+    return completion.judge.ask("logic", context=context, think=think)
+
+
+REWARDS = {
+    "format": Reward(_format, span="completion"),
+    "accuracy": Reward(_accuracy, span="completion"),
+    "context": Reward(context_reward, span="context", needs_judge=True),
+    "logic": Reward(logic_reward, span="think", needs_judge=True),
+}

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from hov2.distributed import Means, gather_objects, print0
-from hov2.judge import AccuracyJudge, Judge, JudgeReply
+from hov2.judge import CompletionJudge, Judge, JudgeReply
 from hov2.judge_server import FAULTS, JudgeError
-from hov2.rewards import accuracy_reward, format_reward
+from hov2.rewards import REWARDS, Completion
 
 HEARTBEAT = 5.0  # seconds between two signs of life of ranks that wait
 ROUNDS = 10  # times that a step's missing scores are asked for again, each after the judge was found to be back
@@ -66,7 +66,10 @@ class Scorer:
         evaluation: bool = False,
         heartbeat: Callable[[str], object] = lambda phase: None,
     ):
-        self.judge, self.format_rule, self.evaluation, self.heartbeat = judge, format_rule, evaluation, heartbeat
+        self.judge = judge
+        self.format_rule = format_rule
+        self.evaluation = evaluation
+        self.heartbeat = heartbeat
         threads = judge.config.concurrency if judge else 1  # each waits for one reply of the judge at a time
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="score")
         self._window = deque(maxlen=judge.config.missing_window if judge else 1)  # of a step: why each is missing
@@ -74,7 +77,7 @@ class Scorer:
     def submit(self, name: str, text: str, sample: Any) -> Pending:
         """Start scoring `text`, a completion for `sample`, by the reward `name`.
 
-        context and logic need a judge (GRPOConfig sees to it).
+        Rewards that need a judge can't do without (GRPOConfig sees to it).
         """
         return Pending(lambda: self._pool.submit(self._score, name, text, sample))
 
@@ -156,20 +159,16 @@ class Scorer:
         print0("the judge is back: asking again for what is missing")
 
     def _score(self, name: str, text: str, sample: Any) -> Score:
-        if name == "format":
-            return Score(format_reward(text, self.format_rule))
-        if name == "accuracy":
-            judge = AccuracyJudge(self.judge) if self.judge else None
-            value = accuracy_reward(text, sample.solution, sample.problem_type, judge, evaluation=self.evaluation)
-            reply = judge.reply if judge else JudgeReply(None)
-        else:
-            reply = self.judge.context(text, sample.solution) if name == "context" else self.judge.logic(text)
-            value = reply.score
+        judge = CompletionJudge(self.judge) if self.judge else None
+        value = REWARDS[name].score(Completion(text, sample, judge, self.format_rule, self.evaluation))
+        reply = judge.reply if judge else JudgeReply(None)
         missing = reply.error is not None
         return Score(value, missing, reply.raw, reply.error, judged=missing or reply.score is not None)
 
 
 def _errors_of(results: list[Score], gather: Callable) -> list[str | None]:
     """Return for each score that a judge had to give, on all ranks, why it is missing; None if it isn't."""
-    of_ranks = gather([result.error for result in results if result.judged])
-    return [error for of_rank in of_ranks for error in of_rank]
+    errors = []
+    for of_rank in gather([result.error for result in results if result.judged]):
+        errors.extend(of_rank)
+    return errors

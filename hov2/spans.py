@@ -48,8 +48,8 @@ def find_block(text: str | bytes, tag: str) -> Block | None:
 def span_masks(token_bytes: list[bytes], span: str = "seen") -> dict[str, Tensor]:
     """Say which of a completion's C tokens carry which rewards (method.md, "Advantage").
 
-    Returns {"full", "context", "logic"}, float tensors (C,) of 0 and 1. "full" is all ones. "context" is zero without a
-    context block, "logic" without both a context and a think block. Otherwise, for the context (think) block:
+    Returns {"completion", "context", "think"}, float tensors (C,) of 0 and 1. "completion" is all ones. "context" is
+    zero without a context block, "think" without both a context and a think block. Otherwise, for each of the two:
 
     - "seen": the tokens up to the one that completes the closing tag, which is included.
     - "inside": the tokens that lie wholly between the tags. A token that holds a byte of a tag ('>A', '.</') is part
@@ -65,9 +65,9 @@ def span_masks(token_bytes: list[bytes], span: str = "seen") -> dict[str, Tensor
     context = find_block(text, "context")
     think = find_block(text, "think") if context else None
     return {
-        "full": torch.ones(len(ends)),
+        "completion": torch.ones(len(ends)),
         "context": _mask_of(context, ends, span),
-        "logic": _mask_of(think, ends, span),
+        "think": _mask_of(think, ends, span),
     }
 
 

@@ -9,11 +9,11 @@ import torch
 
 from hov2.grpo import (
     apply_gate,
-    full_reward,
     group_advantages,
     grpo_loss,
     kl_coef,
-    reward_advantages,
+    span_advantages,
+    span_rewards,
     token_advantages,
     token_terms,
 )
@@ -72,7 +72,7 @@ def test_advantages_equal_trl(case):
 
 def test_full_reward_is_missing_when_a_component_is():
     rewards = {"format": tensor([[1, 1, 0]]), "accuracy": tensor([[0.5, NAN, 1]]), "context": tensor([[0, 0, 0]])}
-    full = full_reward(rewards, {"format": 0.5, "accuracy": 2.0, "context": 1.0})[0]
+    full = span_rewards(rewards, {"format": 0.5, "accuracy": 2.0, "context": 1.0})["completion"][0]
     assert full[0] == 1.5 and full[1].isnan() and full[2] == 2.0
 
 
@@ -93,14 +93,14 @@ def test_gate():
 # --- credit -----------------------------------------------------------------------------------------------------------
 
 MASKS = {
-    "full": tensor([[1, 1, 1, 1]] * 2),
+    "completion": tensor([[1, 1, 1, 1]] * 2),
     "context": tensor([[1, 1, 0, 0], [0, 0, 0, 0]]),
-    "logic": tensor([[1, 1, 1, 0], [0, 0, 0, 0]]),
+    "think": tensor([[1, 1, 1, 0], [0, 0, 0, 0]]),
 }
 
 
 def test_credit_adds_each_advantage_where_its_reward_reaches():
-    advantages = {"full": tensor([0.5, -0.5]), "context": tensor([0.25, -0.25]), "logic": tensor([-0.125, 0.125])}
+    advantages = {"completion": tensor([0.5, -0.5]), "context": tensor([0.25, -0.25]), "think": tensor([-0.125, 0.125])}
     assert token_advantages(advantages, MASKS).tolist() == [[0.625, 0.625, 0.375, 0.5], [-0.5] * 4]
 
 
@@ -112,7 +112,8 @@ def test_each_reward_moves_only_the_tokens_it_may(name, moved):
     base = {key: tensor([[0.5, 0.5]]) for key in weights}
     changed = base | {name: tensor([[1.0, 0.5]])}
     before, after = (
-        token_advantages({k: a[0] for k, a in reward_advantages(r, weights).items()}, MASKS) for r in (base, changed)
+        token_advantages({span: a[0] for span, a in span_advantages(span_rewards(r, weights)).items()}, MASKS)
+        for r in (base, changed)
     )
     assert (after[0] - before[0]).nonzero().flatten().tolist() == moved
     assert after[0, 0] == 0.25 * 1  # 1 - mean(1, 0.5)
@@ -121,14 +122,15 @@ def test_each_reward_moves_only_the_tokens_it_may(name, moved):
 def test_released_credit_never_sees_the_judges_scores():
     weights = {"format": 1.0, "accuracy": 1.0, "context": 1.0}
     rewards = {"format": tensor([[1, 1]]), "accuracy": tensor([[1, 0]]), "context": tensor([[0, 1]])}
-    advantages = reward_advantages(rewards, weights, judged_advantage="full")
-    assert advantages["context"].tolist() == advantages["full"].tolist() == [[0.5, -0.5]]
-    assert reward_advantages(rewards, weights)["context"].tolist() == [[-0.5, 0.5]]
+    of_spans = span_rewards(rewards, weights)
+    advantages = span_advantages(of_spans, judged_advantage="full")
+    assert advantages["context"].tolist() == advantages["completion"].tolist() == [[0.5, -0.5]]
+    assert span_advantages(of_spans)["context"].tolist() == [[-0.5, 0.5]]
 
 
 def test_two_rewards_have_no_judged_advantages():
     rewards = {"format": tensor([[1, 0]]), "accuracy": tensor([[1, 0]])}
-    assert reward_advantages(rewards, {"format": 1.0, "accuracy": 1.0}).keys() == {"full"}
+    assert span_advantages(span_rewards(rewards, {"format": 1.0, "accuracy": 1.0})).keys() == {"completion"}
 
 
 @pytest.mark.parametrize("case", GOLDEN["logits_cases"]["cases"], ids=lambda c: str(c.get("temperature")))

@@ -14,8 +14,9 @@ import pytest
 from hov2 import judge as judge_module
 from hov2.config import JudgeConfig
 from hov2.distributed import Means
-from hov2.judge import AccuracyJudge, Judge, JudgeError, JudgeReply, parse_score
+from hov2.judge import CompletionJudge, Judge, JudgeError, JudgeReply, parse_score
 from hov2.prompts import load_prompts
+from hov2.rewards import Completion, context_reward, logic_reward
 from hov2.scoring import Scorer
 from tests.support.judge_faults import stats
 
@@ -425,10 +426,22 @@ FULL = "<context>a man waits</context><think>he is sad</think><answer>B</answer>
 REFERENCE = "<context>a man waits alone</context><think>t</think><answer>B</answer>"
 
 
+def context_score(judge, text, solution):
+    """The context reward; no request of it may have failed."""
+    asked = CompletionJudge(judge)
+    score = context_reward(Completion(text, SimpleNamespace(solution=solution), asked))
+    assert asked.reply.error is None
+    return score
+
+
+def logic_score(judge, text):
+    return logic_reward(Completion(text, None, CompletionJudge(judge)))
+
+
 def test_context_and_logic_ask_with_the_blocks():
     with judged(chat("4"), chat("3")) as (judge, server):
-        assert judge.context(FULL, REFERENCE).score == 0.8
-        assert judge.logic(FULL).score == 0.6
+        assert context_score(judge, FULL, REFERENCE) == 0.8
+        assert logic_score(judge, FULL) == 0.6
         context, logic = (request[3]["messages"][1]["content"] for request in server.requests)
         assert "[Reference]\na man waits alone\n" in context and "[Candidate]\na man waits\n" in context
         assert "[Description]\na man waits\n" in logic and "[Reasoning]\nhe is sad\n" in logic
@@ -438,32 +451,31 @@ def test_missing_blocks_score_zero_without_a_request():
     with judged(chat("5")) as (judge, server):
         no_context, no_think = "<think>t</think>", "<context>c</context><think>cut"
         blank = "<context> </context><think>t</think>"
-        assert [judge.context(text, REFERENCE).score for text in (no_context, blank, "")] == [0.0] * 3
-        assert [judge.logic(text).score for text in (no_context, no_think, blank, "")] == [0.0] * 4
-        assert judge.context(no_context, REFERENCE).error is None
+        assert [context_score(judge, text, REFERENCE) for text in (no_context, blank, "")] == [0.0] * 3
+        assert [logic_score(judge, text) for text in (no_context, no_think, blank, "")] == [0.0] * 4
         assert server.requests == [] and stats(judge)["requests"] == 0
 
 
 def test_a_reference_without_context_does_not_apply():
     with judged(chat("5")) as (judge, server):
         for solution in ("<answer>B</answer>", "B", "<context></context><answer>B</answer>"):
-            assert judge.context(FULL, solution) == JudgeReply(None)
+            assert context_score(judge, FULL, solution) is None
         assert server.requests == []
 
 
 def test_consistency_is_a_share_of_five_or_missing():
     with judged(chat("2"), (400, {}, "")) as (judge, _):
-        assert AccuracyJudge(judge).consistency("a cat", "the cat") == 0.4
-        assert AccuracyJudge(judge).consistency("a dog", "the cat") is None
+        assert CompletionJudge(judge).consistency("a cat", "the cat") == 0.4
+        assert CompletionJudge(judge).consistency("a dog", "the cat") is None
 
 
 def test_synonyms_count_as_one():
     with judged(chat("1"), chat("3"), max_retries=0) as (judge, server):
         # one word shared, one pair of synonyms: 2 of 3 predicted, 2 of 2 expected: F1 = 4 / 5
-        assert AccuracyJudge(judge).synonyms({"sad", "joyful", "tired"}, {"sad", "happy"}) == pytest.approx(0.8)
+        assert CompletionJudge(judge).synonyms({"sad", "joyful", "tired"}, {"sad", "happy"}) == pytest.approx(0.8)
         question = server.requests[0][3]["messages"][1]["content"]
         assert "[First list]\njoyful\ntired\n" in question and "[Second list]\nhappy\n" in question
         assert "from 0 to 1" in question
-        assert AccuracyJudge(judge).synonyms({"sad", "joyful"}, {"happy"}) is None  # 3 pairs of at most 1: no score
-        assert AccuracyJudge(judge).synonyms({"sad"}, {"sad", "happy"}) == pytest.approx(2 / 3)  # nothing to pair
+        assert CompletionJudge(judge).synonyms({"sad", "joyful"}, {"happy"}) is None  # 3 pairs of at most 1: no score
+        assert CompletionJudge(judge).synonyms({"sad"}, {"sad", "happy"}) == pytest.approx(2 / 3)  # nothing to pair
         assert len(server.requests) == 2

@@ -19,9 +19,10 @@ from hov2 import judge_server, scoring, toy
 from hov2.config import JudgeConfig
 from hov2.data.samples import Sample
 from hov2.distributed import Means
-from hov2.judge import Judge
+from hov2.judge import CompletionJudge, Judge
 from hov2.judge_server import FAULTS, JudgeError
 from hov2.prompts import load_prompts
+from hov2.rewards import Completion, logic_reward
 from hov2.scoring import Scorer
 from tests.support.judge_faults import FAULTY, KIND, FaultyJudge, stats
 from tests.support.judge_ranks import GROUP_TIMEOUT
@@ -48,7 +49,10 @@ def think(number=0):
 
 
 def ask(judge, number=0):
-    return judge.logic(think(number))
+    """The judge's reply to what the logic reward asks."""
+    completion = CompletionJudge(judge)
+    logic_reward(Completion(think(number), None, completion))
+    return completion.reply
 
 
 def logic_scores(scorer, count):

@@ -62,35 +62,35 @@ def test_seen_until_under_qwens_real_merges(case):
 def test_seen_masks_reach_through_the_token_that_completes_the_closing_tag():
     masks = span_masks(PIECES, "seen")
     assert marked(PIECES, masks["context"]) == "<context>A man.</context><"  # '><' completes </context>
-    assert marked(PIECES, masks["logic"]) == "<context>A man.</context><think>so.</think>\n"
-    assert masks["full"].tolist() == [1.0] * len(PIECES)
+    assert marked(PIECES, masks["think"]) == "<context>A man.</context><think>so.</think>\n"
+    assert masks["completion"].tolist() == [1.0] * len(PIECES)
     assert {mask.dtype for mask in masks.values()} == {torch.float32}
 
 
 def test_inside_masks_leave_out_every_token_that_touches_a_tag():
     masks = span_masks(PIECES, "inside")
     assert marked(PIECES, masks["context"]) == " man"  # '>A' and '.</' hold bytes of the tags
-    assert marked(PIECES, masks["logic"]) == ""
+    assert marked(PIECES, masks["think"]) == ""
     apart = [b"<context>", b"A", b" man", b"</context>", b"<think>", b"so", b".", b"</think>"]
     masks = span_masks(apart, "inside")
     assert marked(apart, masks["context"]) == "A man"
-    assert marked(apart, masks["logic"]) == "so."
+    assert marked(apart, masks["think"]) == "so."
 
 
 def test_released_masks_stop_before_the_closing_tags_first_token():
     masks = span_masks(PIECES, "before_tag")
     assert marked(PIECES, masks["context"]) == "<context>A man"
-    assert marked(PIECES, masks["logic"]) == "<context>A man.</context><think>so"
+    assert marked(PIECES, masks["think"]) == "<context>A man.</context><think>so"
 
 
 @pytest.mark.parametrize("span", ["seen", "inside", "before_tag"])
 def test_logic_needs_both_blocks_and_context_its_own(span):
     only_think = [b"<think>", b"so", b"</think>", b"<answer>B</answer>"]
     assert span_masks(only_think, span)["context"].sum() == 0
-    assert span_masks(only_think, span)["logic"].sum() == 0
+    assert span_masks(only_think, span)["think"].sum() == 0
     only_context = [b"<context>", b"A", b"</context>", b"<think>", b"cut off"]
     assert span_masks(only_context, span)["context"].sum() == {"seen": 3, "inside": 1, "before_tag": 2}[span]
-    assert span_masks(only_context, span)["logic"].sum() == 0
+    assert span_masks(only_context, span)["think"].sum() == 0
 
 
 def test_empty_blocks_and_empty_completions():
@@ -100,7 +100,7 @@ def test_empty_blocks_and_empty_completions():
     merged = [b"<context", b"></", b"context", b">"]  # the token '></' closes one tag and opens the other
     assert span_masks(merged, "inside")["context"].sum() == 0
     assert span_masks(merged, "before_tag")["context"].tolist() == [1, 0, 0, 0]
-    assert span_masks([], "seen")["full"].tolist() == []
+    assert span_masks([], "seen")["completion"].tolist() == []
 
 
 def test_every_way_to_cut_the_bytes_gives_the_same_meaning():
@@ -115,7 +115,7 @@ def test_every_way_to_cut_the_bytes_gives_the_same_meaning():
 def test_tokens_without_bytes_and_an_end_of_turn_token_change_nothing():
     pieces = [b"", b"<context>", b"", b"a</context>", b"", b"<think>b</think>", b"<|im_end|>"]
     assert seen_until(pieces, "context") == 4
-    assert span_masks(pieces, "seen")["logic"].tolist() == [1, 1, 1, 1, 1, 1, 0]
+    assert span_masks(pieces, "seen")["think"].tolist() == [1, 1, 1, 1, 1, 1, 0]
 
 
 def test_an_unknown_credit_is_an_error():

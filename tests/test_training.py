@@ -293,10 +293,10 @@ def test_dump_holds_every_token_with_its_credit(lab):
                 "ratio",
                 "kl",
                 "clipped",
-                "credit/full",
+                "credit/completion",
                 "credit/context",
             } <= completion["tokens"].keys()
-    full = [c["tokens"]["credit/full"][0] for c in records[0]["completions"]]
+    full = [c["tokens"]["credit/completion"][0] for c in records[0]["completions"]]
     assert abs(sum(full)) < 1e-4 and max(full) > 0  # rewards minus their mean
 
 

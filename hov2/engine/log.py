@@ -16,8 +16,9 @@ from typing import TextIO
 import torch
 from tqdm import tqdm
 
-from hov2.config import REWARDS, ConfigError, TrainConfig
+from hov2.config import ConfigError, TrainConfig
 from hov2.engine import guard
+from hov2.rewards import REWARDS
 
 # What the console line shows, in this order, of the metrics that a step has: (metric, heading, format).
 CONSOLE = [

@@ -10,13 +10,14 @@ from types import SimpleNamespace
 import torch
 
 from hov2.data.samples import Sample
+from hov2.engine.records import dump_record
 from hov2.evaluation.results import format_summary, summarize
-from hov2.grpo import reward_advantages, token_advantages
+from hov2.grpo import span_advantages, span_rewards, token_advantages
 from hov2.model.rollout import Rollout
 from hov2.scoring import Score
 from hov2.spans import token_bytes_of
 from tests.support.helpers import tiny_tokenizer
-from train_grpo import Group, completion_masks, dump_record
+from train_grpo import Group, completion_masks
 
 DATA = Path(__file__).parents[1] / "assets"
 EVIL = "</script><script>document.title = 'broken'</script><img src=x onerror=\"document.title = 'broken'\">"
@@ -59,12 +60,10 @@ def make_record(step, video, texts=TEXTS, name="clip/1"):
         for name, values in SCORES.items()
     }
     rewards = {name: torch.tensor([[score.number for score in scores]]) for name, scores in group.scores.items()}
-    masks = completion_masks(group, "seen")
-    group.credits = {
-        name: token_advantages({name: advantages[0]}, masks)
-        for name, advantages in reward_advantages(rewards, dict.fromkeys(SCORES, 1.0)).items()
-    }
-    group.advantages = sum(group.credits.values())
+    advantages = span_advantages(span_rewards(rewards, dict.fromkeys(SCORES, 1.0)))
+    group.span_masks = completion_masks(group, "seen")
+    group.span_advantages = {span: of_groups[0] for span, of_groups in advantages.items()}
+    group.advantages = token_advantages(group.span_advantages, group.span_masks)
     group.old_logps = torch.full(mask.shape, -0.5)
     group.logps, group.ref_logps = group.old_logps.clone(), group.old_logps - 0.1
     group.logps[2, 2] = -1.5  # its advantage is negative and its ratio below 1 - epsilon

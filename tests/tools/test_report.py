@@ -55,6 +55,12 @@ def test_records_are_those_of_the_dump_with_their_blocks(run):
         assert record["completions"][3].pop("blocks") == {}
         assert record["completions"][2]["rewards"]["context"] is None  # missing, not 0
         for completion in record["completions"]:
+            assert completion.pop("spans") == {
+                "format": "completion",
+                "accuracy": "completion",
+                "context": "context",
+                "logic": "think",
+            }
             completion.pop("blocks", None)
             total = completion["tokens"].pop("credit/total")
             credits = [values for key, values in completion["tokens"].items() if key.startswith("credit/")]
@@ -138,7 +144,7 @@ def test_every_metric_is_explained_by_the_docs():
         "judge/faults/timeout",
         "time/update",
         "credit/total",
-        "credit/logic",
+        "credit/think",
         "kl",
     ):
         assert sum(bool(re.search(pattern, f"`{metric}`")) for pattern in patterns) == 1, metric

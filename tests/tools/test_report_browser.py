@@ -93,7 +93,9 @@ def test_a_tokens_tint_is_its_credit(browser, page):
     show(browser, page)
     values = [views_of(completion) for completion in make_record(0, "-")["completions"]]
     largest = max(abs(v) for of in values for name in of if name != "kl" for v in of[name])
-    scales = dict.fromkeys(("total", "full", "context", "logic"), largest) | {"kl": max(max(of["kl"]) for of in values)}
+    scales = dict.fromkeys(("total", "completion", "context", "think"), largest) | {
+        "kl": max(max(of["kl"]) for of in values)
+    }
     for view, scale in scales.items():
         press(browser, view)
         for article, of in zip(find(browser, "article"), values, strict=True):
@@ -118,9 +120,9 @@ def test_completions_show_scores_blocks_and_clipped_tokens(browser, page):
         )
     )
     assert cells["context"] == cells["A context"] == "missing"
-    assert cells["logic"] == "0.2" and cells["A logic"] == "−0.25"
+    assert cells["logic"] == "0.2" and cells["A think"] == "−0.25"
     record = make_record(0, "-")["completions"][2]
-    assert cells["A full"] == "−0.1"
+    assert cells["A completion"] == "−0.1"
     (clipped,) = find(browser, ".token.clipped")
     assert clipped == find(third, ".token")[2]
     facts = clipped.get_attribute("data-facts").split("\n")

@@ -5,6 +5,7 @@ import random
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,10 +18,10 @@ from hov2.config_io import load_config
 from hov2.data.inputs import InputMaker
 from hov2.data.media import read_media
 from hov2.data.samples import read_samples
-from hov2.judge import AccuracyJudge, Judge
+from hov2.judge import CompletionJudge, Judge
 from hov2.model.thinker import load_thinker, load_tokenizer
 from hov2.prompts import load_prompts
-from hov2.rewards import accuracy_reward, format_reward
+from hov2.rewards import Completion, accuracy_reward, context_reward, format_reward, logic_reward
 from hov2.spans import span_masks, token_bytes_of
 from hov2.toy import __main__ as command
 
@@ -133,7 +134,7 @@ def test_tags_split_over_tokens_and_merge_with_their_neighbours(world):
     assert "".join(pieces) == text and len(pieces) < 40
     assert "</think>" not in pieces and "><" in pieces
     masks = span_masks(token_bytes_of(tokenizer, ids))
-    assert 0 < masks["context"].sum() < masks["logic"].sum() < len(ids)
+    assert 0 < masks["context"].sum() < masks["think"].sum() < len(ids)
 
 
 def test_the_thinker_loads_and_its_prompts_are_short(world):
@@ -157,8 +158,10 @@ def test_the_thinker_loads_and_its_prompts_are_short(world):
 )
 def test_context_rule(judge, candidate, score):
     reference = "<context>A smile, a falling voice, a red wall.</context>"
-    reply = judge.context(f"<context>{candidate}</context>", reference)
-    assert reply.error is None and reply.score == pytest.approx(score, abs=1e-3)
+    asked = CompletionJudge(judge)
+    sample = SimpleNamespace(solution=reference)
+    value = context_reward(Completion(f"<context>{candidate}</context>", sample, asked))
+    assert asked.reply.error is None and value == pytest.approx(score, abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -172,11 +175,11 @@ def test_context_rule(judge, candidate, score):
 )
 def test_logic_rule(judge, think, score):
     text = f"<context>A smile, a falling voice, a red wall.</context><think>{think}</think>"
-    assert judge.logic(text).score == pytest.approx(score)
+    assert logic_reward(Completion(text, None, CompletionJudge(judge))) == pytest.approx(score)
 
 
 def test_consistency_and_synonyms_rules(judge):
-    asks = AccuracyJudge(judge)
+    asks = CompletionJudge(judge)
     assert asks.consistency("a smile and a falling voice", "a smile and a falling voice") == 1
     assert asks.consistency("a frown", "a smile and a falling voice") < 0.5
     assert asks.synonyms({"happy", "tired"}, {"warm", "tired"}) == 1

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import av
 
 from hov2.evaluation.results import format_comparison
+from hov2.rewards import REWARDS
 
 if TYPE_CHECKING:
     import torch
@@ -168,9 +169,14 @@ def _spread(items: list[int]) -> Iterator[int]:
 
 
 def _add_to(completion: dict) -> None:
-    """Add `blocks`, {tag: [start, end] in its text}, and, as the first value of its tokens, the sum of all credits."""
+    """Add what the page needs beside the dump.
+
+    `spans`: {reward: the span that it reaches}; `blocks`: {tag: [start, end] in its text}; and, as the first value of its
+    tokens, the sum of all credits.
+    """
     from hov2.spans import find_block  # here, as below: this module is imported without torch
 
+    completion["spans"] = {name: REWARDS[name].span for name in completion["rewards"] if name in REWARDS}
     completion["blocks"] = {}
     for tag in ("context", "think", "answer"):
         block = find_block(completion["text"], tag)

@@ -110,15 +110,14 @@ function showGroup(completions) {
 }
 
 function showCompletion(completion, i, scale) {
-  const {text, token_ends, token_ids, rewards, judge_replies, truncated, tokens, blocks} = completion;
+  const {text, token_ends, token_ids, rewards, spans, judge_replies, truncated, tokens, blocks} = completion;
   const line = (name, value, note) => make("tr", {}, make("th", {}, name), make("td", {}, value), make("td", {}, note));
   const table = make("table", {}, ...Object.entries(rewards).map(([name, score]) =>
     line(name, number(score), name in judge_replies ? `judge: “${judge_replies[name]}”` : "")));
   for (const name of Object.keys(tokens).filter(name => name.startsWith("credit/") && name !== "credit/total")) {
-    const reward = name.replace("credit/", ""), carrying = tokens[name].filter(credit => credit !== 0);
-    const parts = Object.keys(rewards).filter(of => of === reward || reward === "full" && !(`credit/${of}` in tokens));
-    const known = parts.every(part => rewards[part] !== null);
-    table.append(line(`A ${reward}`, number(known ? carrying[0] ?? 0 : null, "+"),
+    const span = name.replace("credit/", ""), carrying = tokens[name].filter(credit => credit !== 0);
+    const known = Object.keys(rewards).every(reward => spans[reward] !== span || rewards[reward] !== null);
+    table.append(line(`A ${span}`, number(known ? carrying[0] ?? 0 : null, "+"),
       `on ${carrying.length} of ${token_ids.length} tokens`));
   }
   const body = make("div"), characters = [...text]; // offsets count characters; JavaScript's strings have emoji in two
