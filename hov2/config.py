@@ -9,6 +9,7 @@ from typing import Literal
 
 from hov2.rewards import REWARDS
 
+RewardName = Literal[tuple(REWARDS)]
 MAY_BE_0 = ("top_k", "max_retries", "max_bad_steps", "dump_every")  # beside the whole numbers whose default is 0
 ABOVE_0 = ("timeout", "alpha", "top_p")
 
@@ -188,9 +189,7 @@ class GRPOConfig(TrainConfig):
     epsilon_high: float | None = None  # None: epsilon
     loss_type: Literal["dapo", "grpo", "dr_grpo"] = "dapo"  # what the loss is divided by: grpo.grpo_loss
     scale_rewards: bool = False
-    reward_weights: dict[Literal[tuple(REWARDS)], float] = field(
-        default_factory=lambda: {"format": 1.0, "accuracy": 1.0}
-    )
+    reward_weights: dict[RewardName, float] = field(default_factory=lambda: {"format": 1.0, "accuracy": 1.0})
     judged_advantage: Literal["own", "full"] = "own"  # full: A(R_full) instead of the judged rewards' own (released)
     span: Literal["seen", "inside", "before_tag"] = "seen"  # the tokens that a judged reward reaches (spans.py)
     format_rule: Literal["strict", "released"] = "strict"  # of the format reward: method.md, "The completion"
