@@ -137,7 +137,11 @@ def generate(
                 kept = _rows_to_keep(alive, step.worth_leaving)
                 if kept is not None:
                     keep = cache.select(kept)
-                    batch, ended, start, token, state = (x[keep] for x in (batch, ended, start, token, state))
+                    batch = batch[keep]
+                    ended = ended[keep]
+                    start = start[keep]
+                    token = token[keep]
+                    state = state[keep]
             if t + 1 < limit:
                 hidden = step(token, start + t, t)
     rollouts = []
@@ -182,7 +186,9 @@ class _Step:
     """
 
     def __init__(self, thinker: Thinker, cache: "_Cache", decoding: str) -> None:
-        self.thinker, self.cache, self.fixed = thinker, cache, decoding != "shrinking"
+        self.thinker = thinker
+        self.cache = cache
+        self.fixed = decoding != "shrinking"
         self.use_graph = decoding == "graph" and not _no_graph
         self.worth_leaving = WORTH_LEAVING if self.fixed else 1.0
         self.shape = self.graph = None
@@ -237,9 +243,8 @@ class _Step:
 
 
 _no_graph: list[Exception] = []  # why this process couldn't capture a graph, once it couldn't
-_last_graph: list[
-    torch.cuda.CUDAGraph
-] = []  # the newest, kept until the next one is there: memory that no graph uses can't be shared again
+# The newest graph, kept until the next one is there: memory that no graph uses can't be shared again.
+_last_graph: list[torch.cuda.CUDAGraph] = []
 
 
 @functools.cache
@@ -286,7 +291,10 @@ class _Cache:
         self.size = len(prompt_lengths), num_generations  # (N, G) of those that haven't left
         self.prompts = list(range(len(prompt_lengths)))  # the numbers of the prompts that haven't left
         self.longest = -(-max(prompt_lengths) // ALIGNED) * ALIGNED
-        self.prompt_keys, self.prompt_values, self.own_keys, self.own_values = [], [], [], []
+        self.prompt_keys = []
+        self.prompt_values = []
+        self.own_keys = []
+        self.own_values = []
         self.padding = None  # (N, P) float32: minus infinity where a prompt is padded, else 0
 
     def rows_of_first(self, count: int) -> int:

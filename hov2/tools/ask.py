@@ -62,6 +62,7 @@ class Asker:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")  # keeps back characters that aren't all there yet
 
         def show(row: torch.Tensor) -> None:
+            """Write the text of one more token, (1,), and note when it came."""
             nonlocal ended
             if ended:  # what follows the end of turn is padding
                 return

@@ -161,7 +161,7 @@ def write_clip(path: Path, frames: np.ndarray, wave: np.ndarray) -> None:
 
 def make_clip(split: str, number: int, rng: random.Random) -> Clip:
     """Describe a clip: in 64, every combination of face, voice, wall, sign and container comes equally often."""
-    container, sign, wall, voice, face = np.unravel_index(number % 64, (2, 2, 4, 2, 2))
+    container, sign, wall, voice, face = np.unravel_index(number % 64, (2, 2, 4, 2, 2))  # its digits
     ending = list(CODECS)[container]
     return {
         "name": f"{split}-{number:04d}.{ending}",
