@@ -328,6 +328,7 @@ def test_counts_of_faults_reach_the_metrics():
     assert metrics["judge/failure_rate"] == 0
 
 
+@pytest.mark.slow
 def test_two_ranks_wait_together_for_longer_than_their_groups_timeout_and_stop_together():
     with FaultyJudge([None] * 15 + ["outage", None]) as server, FaultyJudge([None] * 8 + ["404"]) as failing:
         command = [

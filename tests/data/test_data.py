@@ -564,6 +564,7 @@ def six(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_processes_that_read_ahead_load_the_same(six):
     def load(workers):
         known, found = {}, []

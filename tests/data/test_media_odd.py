@@ -503,6 +503,7 @@ def test_three_hundred_mutations(good_clips, tmp_path):
         ("lambda path: hov2.data.media.Media(None, None, torch.tensor([math.nan]))", 1, "not finite"),
     ],
 )
+@pytest.mark.slow
 def test_the_watchdog_bites(reader, code, told, good_clips, tmp_path):
     """A reader that crashes, hangs, leaks or returns nonsense is seen."""
     script = (

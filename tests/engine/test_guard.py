@@ -111,6 +111,7 @@ def assert_rank_1_hung_and_failed(code, err):
     assert [line for line in cause if line.strip("=")][-1] == "traceback : RuntimeError: sample s7 burst"
 
 
+@pytest.mark.slow
 def test_of_three_ranks_one_hangs_and_fails_and_all_end(tmp_path):
     (tmp_path / "c.json").write_text(json.dumps({"model": "", "output_dir": str(tmp_path), "data": []}))
     code, _, err = output(
