@@ -376,6 +376,7 @@ def test_bad_input_ends_a_script_with_one_clear_line(lab, overrides, message):
     assert len(errors) == 1 and message in errors[0] and "Traceback" not in done.stderr
 
 
+@pytest.mark.docs
 @pytest.mark.parametrize("name", ["dapo-1", "held-out"])
 def test_every_metric_is_documented(lab, name):
     text = (ROOT / "docs" / "metrics.md").read_text()

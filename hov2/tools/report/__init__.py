@@ -4,7 +4,8 @@
 
 Curves of all metrics, the rollouts with each token's credit, and evaluations with what changed between runs. The page
 is report.html with report.css, report.js and the data in it: no network, no library. What a model wrote is data in JSON
-(or deflated JSON in base64), which report.js puts in as text, never as HTML. A rollouts.jsonl is held in memory.
+(or deflated JSON in base64), which report.js puts in as text, never as HTML. A rollouts.jsonl is held in memory. What
+each value means is in metrics.json, in the words of docs/metrics.md.
 """
 
 import argparse
@@ -97,13 +98,9 @@ def read_records(path: Path) -> list[dict]:
 
 
 def explanations() -> list[list[str]]:
-    """Return [pattern of names, what it is] of the values in the tables of docs/metrics.md, in their order."""
-    text = (_HERE.parents[2] / "docs/metrics.md").read_text(encoding="utf-8")
-    explained = []
-    for names, about in re.findall(r"^\| (`.+?) \| (.+?) \|", text, re.MULTILINE):
-        pattern = re.sub("NAME|KIND", "[^/]+", names).replace(", ", "|")
-        explained.append([pattern, about.replace("`", "")])
-    return explained
+    """Return [pattern of its name, what it is] of each value that is explained, in the order of metrics.json."""
+    texts = json.loads((_HERE / "metrics.json").read_text(encoding="utf-8"))
+    return [[re.sub("NAME|KIND", "[^/]+", name), text] for name, text in texts.items()]
 
 
 # ---- Rollouts ----

@@ -22,7 +22,7 @@ function number(value, plus = "") {
 const least = values => values.reduce((a, b) => Math.min(a, b));
 const most = values => values.reduce((a, b) => Math.max(a, b));
 const coloured = i => ({class: "run", style: `--run: oklch(0.64 0.15 ${255 + 137.5 * i})`}); // as the i-th run
-const row = name => data.about.findIndex(([names]) => RegExp(names).test(`\`${name}\``)) >>> 0; // unknown: last
+const row = name => data.about.findIndex(([pattern]) => RegExp(`^${pattern}$`).test(name)) >>> 0; // unknown: last
 const about = name => data.about[row(name)]?.[1] ?? "";
 
 const [WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM] = [360, 170, 54, 352, 8, 146]; // of a chart, and its frame's sides
