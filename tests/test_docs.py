@@ -1,11 +1,13 @@
-"""The pages in docs/: every formula names a function and a test that exist, quoted lines are still in the code, recipes
-apply and run, figures are those of docs/figures.py; and the claims of method.md that no other test holds."""
+"""The pages, compared with the code: names, links, quoted lines, commands, figures, recipes. All of it is marked `docs`,
+so that whoever changes the code can leave the pages for later: python -m pytest -m "not docs"."""
 
 import ast
+import importlib.util
 import json
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,12 +17,18 @@ from xml.etree import ElementTree
 import pytest
 
 from hov2.config import EvalConfig, GRPOConfig, SFTConfig
+from hov2.config_help import config_keys
 from hov2.config_io import load_config
+from hov2.tools import report
 from tests.support.helpers import tiny_thinker, tiny_tokenizer
+from tests.support.reportkit import write_run
+
+pytestmark = pytest.mark.docs
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
+EACH_PAGE = pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 NAMED = re.compile(r"`([\w/]+\.py)::(\w+)`")
 FORMULA = re.compile(r"^\$\$(.+?)\$\$\n\n(.*)$", re.MULTILINE)
 
@@ -50,16 +58,43 @@ def test_every_formula_names_a_function_and_a_test():
         assert any(not path.startswith("tests/") for path in paths), f"no function below {formula}"
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def anchors(text):
+    """The names that links to a page's headings use."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@EACH_PAGE
 def test_named_functions_and_linked_files_exist(path):
     text = path.read_text(encoding="utf-8")
     for file, name in NAMED.findall(text):
         assert name in definitions(file), f"{path.name}: {file} has no {name}"
-    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
-        assert (DOCS / target).exists(), f"{path.name}: no file {target}"
+    for file, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", text):
+        target = path.parent / file if file else path
+        assert target.exists(), f"{path.name}: no file {file}"
+        if anchor:
+            assert anchor in anchors(target.read_text(encoding="utf-8")), (
+                f"{path.name}: {file} has no heading #{anchor}"
+            )
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+@EACH_PAGE
+def test_named_files_and_config_keys_exist(path):
+    if path.name == "experiments.md":  # a log of earlier days, with their names
+        return
+    text = path.read_text(encoding="utf-8")
+    for file in re.findall(r"`((?:hov2|configs|tests|docs|benchmarks|\.ci)/[\w./-]+)[`:]", text):
+        assert (ROOT / file).exists(), f"{path.name}: no file {file}"
+    known = set()
+    for config_class in (SFTConfig, GRPOConfig, EvalConfig):
+        known |= {key.name for key in config_keys(config_class)}
+    overridden = re.findall(r"`([a-z_]+(?:\.[a-z_]+)*)=", text)
+    nested = re.findall(r"`((?:media|judge|lora|alarms|filter)\.[a-z_]+)`", text)
+    for key in overridden + nested:
+        assert key in known, f"{path.name}: no config key {key}"
+
+
+@EACH_PAGE
 def test_formulas_survive_markdown(path):
     """Markdown takes a backslash before a sign for its own escape, so that `\\,` would reach the formula as a comma."""
     text = re.sub(r"```.*?```|`[^`\n]*`", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
@@ -82,6 +117,138 @@ def test_experiments_are_dated_and_newest_first():
     dates = re.findall(r"^## (\d{4}-\d\d-\d\d): ", page("experiments.md"), re.MULTILINE)
     assert len(dates) == len(re.findall(r"^## ", page("experiments.md"), re.MULTILINE)) > 5
     assert dates == sorted(dates, reverse=True)
+
+
+def test_the_report_explains_metrics_in_the_words_of_the_page():
+    rows = re.findall(r"^\| (`.+?) \| (.+?) \|", page("metrics.md"), re.MULTILINE)
+    said = {}
+    for names, text in rows:
+        for name in re.findall(r"`([^`]+)`", names):
+            said[name] = text.replace("`", "")
+    path = Path(report.__file__).with_name("metrics.json")
+    assert said == json.loads(path.read_text(encoding="utf-8")), f"{path} and docs/metrics.md differ"
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+SCRIPTS = {
+    "train_sft.py": (SFTConfig, "stage1"),
+    "train_grpo.py": (GRPOConfig, "stage2"),
+    "evaluate.py": (EvalConfig, "eval"),
+}
+
+
+def parts_of(line):
+    """The simple commands of a shell line, each as its words; also of what `bash -c` is given."""
+    words = shlex.split(line.replace(";", " ; "), comments=True)
+    part = []
+    for word in [*words, ";"]:
+        if word in (";", "&&"):
+            yield part
+            part = []
+        elif " " in word and "torchrun" in word:
+            yield from parts_of(word)
+        else:
+            part.append(word)
+
+
+def commands(text, languages):
+    """All simple commands of a page's blocks of code in these languages, each as its words."""
+    found = []
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        if language in languages:
+            for line in block.replace("\\\n", " ").splitlines():
+                if re.match(r"(python3?|torchrun|srun|pip|git|cd|\.) ", line):
+                    found.extend(part for part in parts_of(line) if part)
+    return found
+
+
+def config_of(words):
+    """The config that a command of one of the three scripts names, with its overrides."""
+    script = next(word for word in words if word in SCRIPTS)
+    config_class, default = SCRIPTS[script]
+    arguments = words[words.index(script) + 1 :]
+    overrides = [word for word in arguments if "=" in word]
+    paths = [word for word in arguments if "=" not in word] or [f"configs/toy/{default}.json"]
+    assert len(paths) == 1, words
+    return load_config(config_class, ROOT / paths[0], overrides)
+
+
+@EACH_PAGE
+def test_commands_name_what_there_is(path):
+    if path.name in ("experiments.md", "recipes.md"):  # a log of earlier days; commands for a changed hov2, run below
+        return
+    text = path.read_text(encoding="utf-8")
+    inline = [shlex.split(line) for line in re.findall(r"`((?:python|torchrun) [^`]+)`", text)]
+    for words in commands(text, ("", "bash")) + inline:
+        options = {word for word in words if word.startswith("--")}
+        if set(words) & SCRIPTS.keys():
+            if not options & {"--help", "--compare"}:
+                config_of(words)
+        elif words[:2] == ["python", "-m"] and words[2].startswith("hov2"):
+            origin = Path(importlib.util.find_spec(words[2]).origin)
+            sources = [origin, *origin.parent.glob("__main__.py")]
+            source = "".join(file.read_text(encoding="utf-8") for file in sources)
+            for option in options:
+                assert f'"{option}"' in source, f"{path.name}: {words[2]} has no {option}"
+            for word in words[3:]:
+                assert not word.startswith("configs/") or (ROOT / word).exists(), f"{path.name}: no {word}"
+        elif words[0] == "python":
+            for word in words[1:]:
+                named = re.match(r"(?:tests|docs|benchmarks)/[\w./]+", word)
+                assert not named or (ROOT / named[0]).exists(), f"{path.name}: no {word}"
+
+
+NOT_RUN = {  # the README's commands that the tests leave to others, with the reason
+    "git clone URL hov2": "needs the network",
+    "cd hov2": "belongs to it",
+    "python3 -m venv .venv": "is what .ci/run does",
+    ". .venv/bin/activate": "is what .ci/run does",
+    "pip install -r requirements.txt": "is what .ci/run does, with the rest of requirements-dev.txt",
+    "python -m hov2.toy": "is what .ci/run does, with --quick",
+    "pip install -r requirements-dev.txt": "is what .ci/run does",
+    "python -m pytest": "is what runs this",
+}
+
+
+def test_the_readme_is_one_page_and_its_commands_run(tmp_path):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.encode()) <= 10_000
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    for command in ("python3 -m venv", "-r requirements-dev.txt", "python -m hov2.toy", "python -m pytest"):
+        assert command in ci
+    of_a_real_run = []
+    for words in commands(text, ("bash",)):
+        if words[0] == "torchrun":
+            of_a_real_run.append(words)
+        elif words[:3] == ["python", "-m", "hov2.tools.report"]:
+            run_the_report(words, tmp_path)
+        else:
+            assert " ".join(words) in NOT_RUN, f"README.md: nothing runs {words}"
+    follows_from_the_one_before(of_a_real_run)
+
+
+def run_the_report(words, folder):
+    """The command as it stands, in a folder where its run is one of the report's tests."""
+    write_run(folder / words[3])
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, *words[1:]], cwd=folder, env=environment, check=True)
+    assert "<html" in (folder / words[-1]).read_text(encoding="utf-8")
+
+
+def follows_from_the_one_before(real_run):
+    """The six commands need 8 GPUs and the published data; each has to find what those before it leave."""
+    assert len(real_run) == 6
+    made = set()
+    for words in real_run:
+        script = next(word for word in words if word in SCRIPTS)
+        config = config_of(words)
+        needed = {path for path in [config.model, *(source.path for source in config.data)] if path.startswith("runs/")}
+        assert needed <= made, f"{words}: nothing before makes {needed - made}"
+        if script == "evaluate.py":
+            made.add(config.filter.output if config.filter else None)
+        else:
+            made.add(f"{config.output_dir}/model")
 
 
 # --- walkthrough ------------------------------------------------------------------------------------------------------
