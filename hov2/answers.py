@@ -1,4 +1,4 @@
-"""Answers: read out of a completion, parsed, and scored against a reference, by problem type (method.md, "Samples").
+"""Answers: read out of a completion, parsed, and scored against a reference, by type (docs/data.md, "Your own data").
 
 Each type of problem has one parser, which reads an answer (None or empty: nothing usable in it), and one scorer, which
 compares two parsed answers: `PROBLEM_TYPES`, at the end.

@@ -44,7 +44,7 @@ class Source:
 
 @dataclass
 class MediaConfig:
-    """How clips become tensors (method.md, "Media")."""
+    """How clips become tensors (docs/data.md, "How clips are read")."""
 
     fps: float = 2.0  # frames a second that are looked at
     max_frames: int = 32  # of a clip, spread over it if it is longer
@@ -192,7 +192,7 @@ class GRPOConfig(TrainConfig):
     reward_weights: dict[RewardName, float] = field(default_factory=lambda: {"format": 1.0, "accuracy": 1.0})
     judged_advantage: Literal["own", "full"] = "own"  # full: A(R_full) instead of the judged rewards' own (released)
     span: Literal["seen", "inside", "before_tag"] = "seen"  # the tokens that a judged reward reaches (spans.py)
-    format_rule: Literal["strict", "released"] = "strict"  # of the format reward: method.md, "The completion"
+    format_rule: Literal["strict", "released"] = "strict"  # rewards.format_reward
     gate_threshold: float | None = None  # a judged score up to it zeroes what depends on it; null: off
     mask_truncated_completions: bool = False  # completions cut off at the limit teach nothing
     alarms: AlarmConfig = field(default_factory=AlarmConfig)

@@ -18,7 +18,7 @@ def group_advantages(rewards: Tensor, scale_rewards: bool = False) -> Tensor:
     """A(R) = R - mean of the group's present rewards; 0 where missing or where fewer than two are present.
 
     rewards: (N, G), NaN = missing. With `scale_rewards`, divided by (unbiased std of the present rewards + 1e-4).
-    Returns (N, G). Source: method.md "Advantage"; TRL `_generate_and_score_completions` for the scaled form.
+    Returns (N, G). Source: docs/method.md, "2. A baseline"; TRL `_generate_and_score_completions` for the scaled form.
     """
     present = ~rewards.isnan()
     count = present.sum(1, keepdim=True)  # (N, 1)
@@ -83,7 +83,7 @@ def token_advantages(advantages: dict[str, Tensor], masks: dict[str, Tensor]) ->
     """A_t = A(R_full) + [t in the span of context] A(R_context) + [t in the span of think] A(R_think).
 
     advantages: {span: (G,)}; masks: {span: (G, C)} of 0 and 1 (`spans.span_masks`). Returns (G, C).
-    Source: method.md "Advantage: which reward reaches which token".
+    Source: docs/method.md, "5. Which reward".
     """
     return sum(advantage[:, None] * masks[span] for span, advantage in advantages.items())
 
@@ -94,7 +94,7 @@ def token_advantages(advantages: dict[str, Tensor], masks: dict[str, Tensor]) ->
 def kl_coef(step: int, total_steps: int, beta: float) -> float:
     """beta_s = beta (1 - 0.75 min(1, s / (S/2))): from beta down to beta / 4 at half time, then constant.
 
-    step s and total_steps S count optimiser updates. Source: method.md "Loss".
+    step s and total_steps S count optimiser updates. Source: docs/method.md, "6. Staying near".
     """
     return beta * (1.0 - 0.75 * min(1.0, step / (total_steps / 2)))
 
@@ -162,7 +162,7 @@ def grpo_loss(
     | dr_grpo       | sum of its tokens  | `num_items` (default: B) times `max_completion_length` |
 
     Returns (loss, metrics); metrics are detached means over the mask's tokens: `kl`, `clip_ratio/low_mean`,
-    `clip_ratio/high_mean`. Source: method.md "Loss"; equal to TRL's values and gradients with its plain k3 KL.
+    `clip_ratio/high_mean`. Source: docs/method.md, "4. Ratio"; equal to TRL's values and gradients with its plain k3 KL.
     """
     if beta and ref_per_token_logps is None:
         raise ValueError("beta is not 0, so ref_per_token_logps is needed")

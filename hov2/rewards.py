@@ -1,4 +1,4 @@
-"""The rewards: what each scores, and which tokens of a completion it reaches (method.md, "Rewards").
+"""The rewards: what each scores, and which tokens of a completion it reaches (docs/method.md, "5. Which reward").
 
 `REWARDS`, at the end, is the one table of them: config, scoring, advantages, masks and metrics read it. To add a
 reward, write a function from a `Completion` to a number in [0, 1] and give it a row.

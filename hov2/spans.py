@@ -46,7 +46,7 @@ def find_block(text: str | bytes, tag: str) -> Block | None:
 
 
 def span_masks(token_bytes: list[bytes], span: str = "seen") -> dict[str, Tensor]:
-    """Say which of a completion's C tokens carry which rewards (method.md, "Advantage").
+    """Say which of a completion's C tokens carry which rewards (docs/method.md, "5. Which reward").
 
     Returns {"completion", "context", "think"}, float tensors (C,) of 0 and 1. "completion" is all ones. "context" is
     zero without a context block, "think" without both a context and a think block. Otherwise, for each of the two:

@@ -102,6 +102,13 @@ def test_formulas_survive_markdown(path):
         assert not re.search(r"\\[^A-Za-z]", formula), f"{path.name}: {formula}"
 
 
+def test_the_code_names_pages_and_headings_that_exist():
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("hov2/**/*.py")]:
+        named = re.findall(r'docs/([\w-]+\.md)(?:, "([^"]+)")?', path.read_text(encoding="utf-8"))
+        for name, heading in named:
+            assert re.search(rf"^#+ {re.escape(heading)}", page(name), re.MULTILINE), f"{path}: {name} has no {heading}"
+
+
 def test_switches_that_restore_the_released_code_are_config_keys():
     rows = [line.split(" | ") for line in page("released-vs-paper.md").splitlines() if line.startswith("| ")]
     switches = [switch for row in rows for switch in re.findall(r"`([\w.]+): ([^`]+)`", row[-2])]

@@ -1,4 +1,4 @@
-"""Rewards by rule. Expected values are worked out by hand from method.md's table."""
+"""Rewards by rule. Expected values are worked out by hand from the table of problem types in docs/data.md."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""Training sets as their authors publish them, turned into records of hov2's own form (README, "Data").
+"""Training sets as their authors publish them, turned into records of hov2's own form (docs/data.md).
 
 A converter takes one published record and returns a dict with hov2's fields, or raises DataError for the field that
 is at fault. It only moves things to where hov2 looks for them: the strict reader of hov2.data then checks the result as

@@ -192,7 +192,7 @@ def _to_checked_sample(record: Any, format_name: str, number: int, path: str, ro
 
 
 def to_sample(record: Any, number: int, path: str | Path, root: Path) -> Sample:
-    """Convert a record in hov2's own form (method.md, "Samples"); its media paths start from `root`.
+    """Convert a record in hov2's own form (docs/data.md, "Your own data"); its media paths start from `root`.
 
     Raises DataError prefixed with the data file's `path` and the record's `number`. A `record` that is a DataError
     itself is raised as it is.
