@@ -16,9 +16,12 @@ from xml.etree import ElementTree
 
 import pytest
 
+from hov2.answers import PROBLEM_TYPES, check_reference
 from hov2.config import EvalConfig, GRPOConfig, SFTConfig
 from hov2.config_help import config_keys
 from hov2.config_io import load_config
+from hov2.data.formats import CONVERTERS
+from hov2.data.samples import to_sample
 from hov2.tools import report
 from tests.support.helpers import tiny_thinker, tiny_tokenizer
 from tests.support.reportkit import write_run
@@ -134,6 +137,31 @@ def test_the_report_explains_metrics_in_the_words_of_the_page():
             said[name] = text.replace("`", "")
     path = Path(report.__file__).with_name("metrics.json")
     assert said == json.loads(path.read_text(encoding="utf-8")), f"{path} and docs/metrics.md differ"
+
+
+def test_the_page_on_data_names_every_format_and_type_and_its_examples_are_read():
+    text = page("data.md")
+    table = text[text.index("| problem type |") : text.index("Then train on it")]
+    assert set(re.findall(r"^\| `(.+?)` \|", table, re.MULTILINE)) == PROBLEM_TYPES.keys()
+    assert {*re.findall(r'"format": "([\w-]+)"', text), "hov2"} == CONVERTERS.keys()
+    records = re.findall(r'^{"problem":.*}$', text, re.MULTILINE)
+    assert len(records) == 2
+    for number, record in enumerate(records, 1):
+        sample = to_sample(json.loads(record), number, "mine.jsonl", ROOT)
+        check_reference(sample.solution, sample.problem_type)
+    for entry in re.findall(r'{"(?:format|path)": "[^{}]*}', text):
+        load_config(GRPOConfig, ROOT / "configs/stage2.json", [f"data=[{entry}]"])
+
+
+@EACH_PAGE
+def test_defaults_in_brackets_are_those_of_the_config(path):
+    defaults = {}
+    for key in config_keys(GRPOConfig):
+        defaults[key.name.rpartition(".")[2]] = key.default
+    found = re.findall(r"`(?:[a-z]+\.)?([a-z_]+)` \(([\d.]+)( %)?\)", path.read_text(encoding="utf-8"))
+    for name, number, percent in found:
+        value = float(number) / 100 if percent else float(number)
+        assert float(defaults[name]) == value, f"{path.name}: {name} is {defaults[name]} by default"
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
