@@ -68,7 +68,7 @@ class Evaluator:
         self.run = run
         self.batch_size = batch_size
         self.num_samples = num_samples
-        format_rule = getattr(run.config, "format", "strict")
+        format_rule = getattr(run.config, "format_rule", "strict")
         self.scorer = Scorer(run.judge, format_rule, evaluation=not training_rewards, heartbeat=heartbeat)
         self.scores = ["accuracy", "format"]
         if run.judge and not training_rewards:

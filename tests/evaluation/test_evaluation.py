@@ -16,7 +16,7 @@ import torch
 
 import evaluate
 from hov2 import scoring, toy
-from hov2.config import ConfigError, EvalConfig, FilterConfig, JudgeConfig, MediaConfig, Source
+from hov2.config import ConfigError, EvalConfig, FilterConfig, GRPOConfig, JudgeConfig, MediaConfig, Source
 from hov2.config_io import load_config
 from hov2.data.formats import DataError
 from hov2.data.inputs import InputMaker
@@ -458,3 +458,11 @@ def five_kills(folder, judge_url):
     assert [p.wait(200) for p in start_two(*settings, f"output_dir={cut}")] == [0, 0]
     for name in ("results.json", "predictions.jsonl", "results.txt"):
         assert (cut / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_held_out_questions_are_scored_by_the_configs_format_rule(evaluator):
+    asked = evaluator()
+    assert asked.scorer.format_rule == "strict"  # an EvalConfig has no such key
+    config = load_config(GRPOConfig, ROOT / "configs/stage3.json", ["format_rule=released"])
+    again = Evaluator(SimpleNamespace(**vars(asked.run) | {"config": config}), max_completion_length=8, batch_size=3)
+    assert again.scorer.format_rule == "released"
