@@ -7,14 +7,18 @@ compares two parsed answers: `PROBLEM_TYPES`, at the end.
 import math
 import operator
 import re
+import string
 import unicodedata
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
+from hov2.plain_text import FULL_WIDTH, plain_text, without_latex
+
 TAG = re.compile(r"</?(?:context|think|answer)>")  # any of the six
 
 _THINK = re.compile(r"<think>.*?</think>", re.DOTALL)
+_CONTEXT = re.compile(r"<context>.*?</context>", re.DOTALL)
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
@@ -37,15 +41,28 @@ def answer_text(text: str) -> str | None:
     return answers.pop()
 
 
-def parse_answer(answer: str | None, problem_type: str) -> Any:
-    """Return an answer as the parser of its problem type reads it; None or empty if there is nothing usable in it."""
+def untagged_answer(text: str) -> str:
+    """Return what a completion without an answer says: its text outside the context and think blocks, without tags."""
+    outside = _CONTEXT.sub("\n", _THINK.sub("\n", text))
+    outside = outside.rpartition("</think>")[2]  # where the prompt opened the block
+    return TAG.sub("\n", outside).strip()
+
+
+def parse_answer(answer: str | None, problem_type: str, options: Sequence[str] | None = None) -> Any:
+    """Return an answer as the parser of its problem type reads it; None or empty if there is nothing usable in it.
+
+    `options`: the question's, in the order of their letters, if it has any.
+    """
     if not answer:
         return None
-    return PROBLEM_TYPES[problem_type].parse(answer)
+    rules = PROBLEM_TYPES[problem_type]
+    if options and rules.reword:
+        answer = rules.reword(answer, options)
+    return rules.parse(answer)
 
 
-def check_reference(solution: str, problem_type: str) -> Any:
-    """Return the parsed reference answer of `solution`, which may have tags or none.
+def check_reference(solution: str, problem_type: str, options: Sequence[str] | None = None) -> Any:
+    """Return the parsed reference answer of `solution`, which may have tags or none; `options` as in `parse_answer`.
 
     Raises ValueError for an unknown type or an empty or unusable reference.
     """
@@ -56,7 +73,7 @@ def check_reference(solution: str, problem_type: str) -> Any:
         answer = solution.strip()
     if not answer:
         raise ValueError(f"solution {solution!r:.60}: no answer in it")
-    reference = parse_answer(answer, problem_type)
+    reference = parse_answer(answer, problem_type, options)
     if not reference:
         raise ValueError(f"solution {solution!r:.60}: {answer!r:.60} is no answer of the type {problem_type!r}")
     return reference
@@ -64,34 +81,50 @@ def check_reference(solution: str, problem_type: str) -> Any:
 
 # --- choices ----------------------------------------------------------------------------------------------------------
 
-_FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # to ASCII
-_FULL_WIDTH |= {0x3000: " ", ord("、"): ",", ord("。"): "."}
-
-
-def _plain(text: str) -> str:
-    """Return `text` without emphasis, quotes around words and LaTeX boxes, and full-width forms as ASCII ones."""
-    text = text.translate(_FULL_WIDTH)
-    text = re.sub(r"\\(?:boxed|text|textbf|mathrm|mathbf)\b|[*_`{}$]", " ", text)
-    return re.sub(r"(?<!\w)['\"‘’“”]|['\"‘’“”](?!\w)", " ", text).strip()
-
-
-# A capital that stands alone and is not the article: "A man" has none, "A or B", "A because" and "A." have one.
-_CAPITAL = r"(?:[B-HJ-Z]|A(?!\s+(?!(?:and|or|nor|is|was|because|since|as|but)\b)[a-z]))(?![\w'’-]|\.\w)"
+# Words that no article stands before: "A because", "A fits best", "A He smiles" hold the letter A, "A man" does not.
+_NO_NOUN = (
+    r"(?:(?i:and|or|nor|but|because|since|as|bc|due|so|if|for|with|in|on|to|from|than|here"
+    r"|is|was|has|does|would|could|should|must|may|might|fits|matches|seems|looks|sounds|works|makes|feels"
+    r"|describes|explains|captures|reflects|shows|says|applies|i|you|he|she|it|we|they|his|her|its|their"
+    r"|the|this|that|these|those|there|both|all|neither|someone|everyone|who|what|when|where|why|how)"
+    r"|Yes|No|Not|None|Nobody)(?![\w'’-])"
+)
+_ARTICLE = rf"[Aa][ \t]+(?!{_NO_NOUN})[A-Za-z][\w'’]"
+_END = r"(?![\w'’-]|\.\w)"  # of a letter that is no part of a word or of "D.C."
+_CAPITAL = rf"(?!{_ARTICLE})[A-HJ-Z]{_END}"
+_EITHER_CASE = rf"(?!{_ARTICLE})[A-HJ-Za-hj-z]{_END}"
+_NAMED = re.compile(rf"([A-HJ-Z]){_END}")
 _ALONE = re.compile(rf"(?<![A-Za-z0-9'’.-])({_CAPITAL})", re.ASCII)
-# A letter that names an option: "B. sad", "b) sad", "(B) sad", "B: sad", "B - sad"; not the D of "D.C.".
-_LABEL = re.compile(r"\s*[\[(]?([A-Za-z])(?:[\])]|\s*[.:,;)](?!\w\.)|\s+[-–—]\s)", re.ASCII)
+# A list of letters, each with brackets or none: "A or C", "(B), [D]".
+_JOINED = r"(?:\s*(?:[,;/&+]|\band\b|\bor\b))+"
+_RUN = re.compile(rf"\s*[\[(]?{_EITHER_CASE}[\])]?(?:{_JOINED}\s*[\[(]?{_EITHER_CASE}[\])]?)+", re.ASCII)
+_IN_RUN = re.compile(rf"(?<![A-Za-z])({_EITHER_CASE})", re.ASCII)
+# A letter that names an option: "B. sad", "b) sad", "(B) sad", "B: sad", "B - sad", "B" on a line; not the D of "D.C.".
+_LABEL = re.compile(
+    r"\s*[\[(]?([A-Za-z])(?:[\])]|[ \t]*(?:[.:,;)=](?!\w\.)|[(–—\n]|$)|[ \t]+-\s)"
+    rf"|\s*({_EITHER_CASE})(?=[ \t]+{_NO_NOUN})|\s*({_CAPITAL})(?=[ \t]+[A-Z])",
+    re.ASCII,
+)
 # The later ones of a list: "A. sad, C. happy".
 _LISTED = re.compile(r"(?:[,;/&\n]|\band\b)\s*[\[(]?([A-Za-z])[\])]?\s*[.:)](?=\s+\w|\w\w)", re.ASCII)
-# A list of letters, each with brackets or none: "A or C", "(B), [D]".
-_ITEM = rf"\s*[\[(]?{_CAPITAL}[\])]?"
-_RUN = re.compile(rf"{_ITEM}(?:(?:\s*(?:[,;/&+]|\band\b|\bor\b))+{_ITEM})+", re.ASCII)
-_LAST_SMALL = re.compile(r"\s*([a-z])\s*$", re.ASCII)
+# What says that the next letters are an answer; a noun right before the letter ("option C") just speaks of them.
 _CUE = re.compile(
-    r"\b(?:answer|option|choice|choose|select|pick)s?\b"
-    r"(?:[\s:=]|\b(?:is|are|be|would|should|must|the|letter|option|choice|correct|right|most|likely|probably)\b)*",
+    r"\b(?:(answer|option|choice)|choose|select|pick)s?\b"
+    r"((?:[\s:=]|\b(?:is|are|be|would|should|must|the|letter|option|choice|correct|right|most|likely|probably)\b)*)",
     re.IGNORECASE,
 )
-_NEGATION = re.compile(r"\b(?:not|neither|nor|never|except)\b|n['’]t\b", re.IGNORECASE)
+# Letters that the text refuses: "not B", "I don't think it's B", "neither A nor B"; "B is wrong", "B doesn't fit".
+_NOT = r"(?i:(?:\b(?:not|cannot|neither|nor|never|none|except|rather than|instead of|anything but)|n['’]t)\b)"
+_SAME_CLAUSE = r"(?:[ \t]+(?!(?i:but|because|since|as|so|only)\b)[A-Za-z][a-z'’]+)"
+_VERB = r"(?:is|are|was|were|ca|can|could|do|does|did|wo|will|would|should|must|may|might|be|seems?|looks?|both|the)"
+_WRONG = r"(?:not|cannot|never|wrong|incorrect|false|impossible|unlikely|ruled out)"
+_REFUSED_ONES = rf"[\[(]?[A-HJ-Z]{_END}[\])]?(?:\s*(?:,|/|\band\b|\bn?or\b)[ \t]*[\[(]?[A-HJ-Z]{_END}[\])]?)*"
+_REFUSED = re.compile(
+    rf"{_NOT}{_SAME_CLAUSE}{{0,6}}[ \t]+{_REFUSED_ONES}"
+    rf"|{_REFUSED_ONES}(?:[ \t]+{_VERB})*(?:[ \t]+{_WRONG}|n['’]t)\b(?![ \t]+{_CAPITAL})",
+    re.ASCII,
+)
+_NOT_AVAILABLE = re.compile(r"(?<![\w/])n(?:\s?/\s?|\.)a(?![\w/])", re.IGNORECASE)
 # fmt: off
 _FILLER = {
     "and", "or", "the", "my", "final", "best", "correct", "answer", "answers",
@@ -103,43 +136,71 @@ _FILLER = {
 def choice_letters(text: str) -> set[str]:
     """Return the set of option letters, upper case, that `text` chooses; empty if none can be told.
 
-    An English article or a letter inside the option's words is no choice: "B. Vitamin A" is {"B"}, "A man" is empty.
+    An English article, a letter that is refused, or one inside the option's words is no choice: "B. Vitamin A" is
+    {"B"}, "A man" and "not B" are empty.
     """
-    text = _plain(text)
-    words = re.findall(r"[\w'’]+", text)
+    text = _NOT_AVAILABLE.sub(" ", plain_text(text))
+    words = _words(text)
     letters = {word.upper() for word in words if re.fullmatch("[A-Za-z]", word)}
     if all(word.lower() in _FILLER or word.upper() in letters for word in words):
         return letters  # nothing but letters: "B", "a, c", "(A) (C)", "The answer is A"
     if re.fullmatch("[A-J]{2,}", text) and len(set(text)) == len(text):
         return set(text)  # "AC"
-    chosen = _letters_at_start(text)
+    text = _REFUSED.sub(" ", text)
+    said = _letters_at(text, 0)
+    mentioned = set()
     for cue in _CUE.finditer(text):
-        chosen |= _letters_after_cue(text[cue.end() :])
-    if not chosen and not _NEGATION.search(text):
-        chosen = set(_ALONE.findall(text))  # "I think B"
-    return chosen
+        noun, copula = cue.groups()
+        if noun and not copula.strip():
+            mentioned |= _letters_at(text, cue.end(), _NAMED)
+        else:
+            said |= _letters_at(text, cue.end(), _ALONE)
+    return said or mentioned or set(_ALONE.findall(text))  # the last: "I think B"
 
 
-def _letters_after_cue(text: str) -> set[str]:
-    """Return the letters that `text` starts with where it follows "The answer is" or the like."""
-    letters = _letters_at_start(text)
-    if letters:
-        return letters
-    single = _ALONE.match(text) or _LAST_SMALL.match(text)
-    return {single.group(1).upper()} if single else set()
+def _words(text: str) -> list[str]:
+    return re.findall(r"[\w'’]+", text)
 
 
-def _letters_at_start(text: str) -> set[str]:
-    """Return the letters of a list at the start of `text` ("A or C, I think") or of its labels ("A. sad, C. happy")."""
-    run = _RUN.match(text)
-    label = _LABEL.match(text)
+def _letters_at(text: str, position: int, single: re.Pattern | None = None) -> set[str]:
+    """Return the letters at a position: those of a list ("A or C, I think"), of labels ("A. sad, C. happy"), or one.
+
+    `single`: the form of a letter that is taken although nothing sets it apart.
+    """
+    run = _RUN.match(text, position)
+    label = _LABEL.match(text, position)
     if run:
-        letters = _ALONE.findall(run.group()) + _LISTED.findall(text, run.end())
+        letters = _IN_RUN.findall(run.group()) + _LISTED.findall(text, run.end())
     elif label:
-        letters = [label.group(1)] + _LISTED.findall(text, label.end())
+        letters = [label[label.lastindex]] + _LISTED.findall(text, label.end())
+    elif single and single.match(text, position):
+        letters = [single.match(text, position)[1]]
     else:
         letters = []
     return {letter.upper() for letter in letters}
+
+
+def _words_to_letters(text: str, options: Sequence[str]) -> str:
+    """Return `text` without the words of the options in it; where it says nothing else, the letters of these instead.
+
+    So that an option's words are never searched for letters, and "Vitamin C" is A if that is option A.
+    """
+    wordings = {}
+    for letter, option in zip(string.ascii_uppercase, options):
+        words = re.sub(rf"\s*\(?{letter}\s*[.:)]", "", option, count=1)
+        wordings[plain_text(words).strip(" .")] = letter
+    rest = plain_text(text)
+    named = []
+    for words in sorted(wordings, key=len, reverse=True):
+        if re.fullmatch("[A-Za-z]?", words):
+            continue  # it reads as a letter
+        pattern = r"\s+".join(map(re.escape, words.split()))
+        shorter = re.sub(rf"(?i)(?<!\w)(?:(?:an?|the)\s+)?{pattern}(?!\w)", " ", rest)
+        if shorter != rest:
+            named.append(wordings[words])
+            rest = shorter
+    said_more = any(word.lower() not in _FILLER for word in _words(rest))
+    return rest if said_more or not named else ", ".join(named)
 
 
 def set_f1(answer: set[str], reference: set[str], synonyms: int = 0) -> float:
@@ -149,8 +210,17 @@ def set_f1(answer: set[str], reference: set[str], synonyms: int = 0) -> float:
 
 def yes_or_no(text: str) -> str | None:
     """Return "yes" or "no", the one that stands as a word in `text`; None for both or neither."""
-    found = set(re.findall(r"(?<![\w-])(yes|no)(?![\w-])", _plain(text).lower()))
+    found = set(re.findall(r"(?<![\w-])(yes|no)(?![\w-])", plain_text(text).lower()))
     return found.pop() if len(found) == 1 else None
+
+
+def _letter_to_words(text: str, options: Sequence[str]) -> str:
+    """Return the words of the option whose letter `text` names where it says neither yes nor no itself, else `text`."""
+    letters = choice_letters(text)
+    if yes_or_no(text) or len(letters) != 1:
+        return text
+    position = ord(letters.pop()) - ord("A")
+    return options[position] if position < len(options) else text
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
@@ -171,9 +241,9 @@ _MONEY = "$€£¥₹"
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?![,\d])|\d+)"
 _NUMBER = (
     rf"(?:(?P<sign>[+-])\s*)?(?:(?:US)?[{_MONEY}]\s*(?P<sign2>-)?)?"
-    rf"(?:(?P<ratio>{_DIGITS}\s*/\s*{_DIGITS})(?!\.?\d)"
+    rf"(?:(?:(?P<whole>\d+)\s+)?(?P<ratio>{_DIGITS}\s*/\s*{_DIGITS})(?!\.?\d)"
     rf"|(?P<decimal>{_DIGITS}(?:\.\d*)?|\.\d+)"
-    r"(?:[eE](?P<e>[+-]?\d+)|\s*(?:[x×*·]|\\times)\s*10\s*(?:\^|\*\*)\s*[{(]?\s*(?P<power>[+-]?\d+)\s*[})]?)?)"
+    r"(?:[eE](?P<e>[+-]?\d+)|\s*[x×*·]\s*10\s*(?:\^|\*\*)\s*\(?\s*(?P<power>[+-]?\d+)\s*\)?)?)"
 )
 _AT_START = re.compile(_NUMBER, re.ASCII)
 _ANYWHERE = re.compile(rf"(?<![A-Za-z0-9_^.])(?<!\d,){_NUMBER}(?![.,]?\d|\^)", re.ASCII)
@@ -204,11 +274,10 @@ def find_number(text: str) -> Number | None:
 
 def _plain_number(text: str) -> str:
     """Return `text` with ASCII digits and signs, without spaces between thousands, and LaTeX as plain text."""
-    text = text.translate(_FULL_WIDTH).translate(_SIGNS)
+    text = without_latex(text.translate(FULL_WIDTH)).translate(_SIGNS)
     text = re.sub("(?<=[0-9])[\u00a0\u2009\u202f](?=[0-9]{3}(?![0-9]))", "", text)  # spaces between thousands
+    text = re.sub("[\u00a0\u2009\u202f]", " ", text)
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda match: "^" + match.group().translate(_SUPERSCRIPTS), text)
-    text = re.sub(r"\\boxed\s*\{(.*)\}", r"\1", text)
-    text = re.sub(r"\\d?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r" \1/\2", text)
     around = " \t\r\n*_`\"'()[]"
     if text.count("$") > 1:  # "$5$" is LaTeX, "$5" is money
         around += "$"
@@ -226,7 +295,7 @@ def _number(match: re.Match) -> Number | None:
     exponent = int(parts["e"] or parts["power"] or 0)
     if abs(exponent) > _MAX_EXPONENT or re.search("/0+$", digits):
         return None
-    value = Fraction(digits) * Fraction(10) ** exponent
+    value = Fraction(parts["whole"] or 0) + Fraction(digits) * Fraction(10) ** exponent  # "1 1/2" is 3/2
     if parts["ratio"]:
         decimals = _decimals_of_fraction(value)
     else:
@@ -349,16 +418,20 @@ def _fold(text: str) -> str:
 
 
 class ProblemType(NamedTuple):
-    """How answers of one type are read, and how two of them, the answer and the reference, are compared."""
+    """How answers of one type are read, and how two of them, the answer and the reference, are compared.
+
+    `reword`: how an answer is put in other words by the question's options, before it is read.
+    """
 
     parse: Callable[[str], Any]
     score: Callable[[Any, Any], float]
+    reword: Callable[[str, Sequence[str]], str] | None = None
 
 
 PROBLEM_TYPES = {
-    "multiple choice": ProblemType(choice_letters, operator.eq),
-    "emer_ov_mc": ProblemType(choice_letters, set_f1),
-    "judge": ProblemType(yes_or_no, operator.eq),
+    "multiple choice": ProblemType(choice_letters, operator.eq, _words_to_letters),
+    "emer_ov_mc": ProblemType(choice_letters, set_f1, _words_to_letters),
+    "judge": ProblemType(yes_or_no, operator.eq, _letter_to_words),
     "numerical": ProblemType(parse_number, same_number),
     "regression": ProblemType(find_number, relative_accuracy),
     "OCR": ProblemType(str.strip, ocr_accuracy),

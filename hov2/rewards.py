@@ -5,7 +5,7 @@ reward, write a function from a `Completion` to a number in [0, 1] and give it a
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from hov2.answers import (
     check_reference,
     mean_relative_accuracy,
     parse_answer,
+    untagged_answer,
 )
 
 _STRICT = re.compile(r"<context>(.*?)</context>\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>", re.DOTALL)
@@ -55,20 +56,26 @@ def format_reward(text: str, rule: str = "strict") -> float:
 
 
 def accuracy_reward(
-    text: str, solution: str, problem_type: str, judge: AnyJudge | None = None, *, evaluation: bool = False
+    text: str,
+    solution: str,
+    problem_type: str,
+    judge: AnyJudge | None = None,
+    *,
+    evaluation: bool = False,
+    options: Sequence[str] | None = None,
 ) -> float | None:
     """Return how right the answer of the completion `text` is, in [0, 1]; None if the judge failed to say.
 
     `solution`: the reference, with or without tags. `judge`, if there is one, scores free-form answers and pairs
     synonyms of emotion words; without one, free-form is ROUGE-L and words have to be the same. Without an answer the
-    reward is 0.0; in `evaluation` the whole text is scored instead, and regression is mean relative accuracy.
-    Raises ValueError as `check_reference` does.
+    reward is 0.0; in `evaluation` what stands outside the blocks is scored instead, and regression is mean relative
+    accuracy. `options`: the question's, if it has any. Raises ValueError as `check_reference` does.
     """
-    reference = check_reference(solution, problem_type)
+    reference = check_reference(solution, problem_type, options)
     answer = answer_text(text)
     if answer is None and evaluation:
-        answer = TAG.sub("\n", text).strip()
-    parsed = parse_answer(answer, problem_type)
+        answer = untagged_answer(text)
+    parsed = parse_answer(answer, problem_type, options)
     if not parsed:
         return 0.0
     if judge is not None and problem_type == "free-form":
@@ -112,6 +119,7 @@ def _accuracy(completion: Completion) -> float | None:
         sample.problem_type,
         completion.judge,
         evaluation=completion.evaluation,
+        options=sample.options,
     )
 
 

@@ -13,6 +13,7 @@ from hov2.answers import (
     check_reference,
     choice_letters,
     find_number,
+    parse_answer,
     parse_number,
     rouge_l,
 )
@@ -99,7 +100,31 @@ def test_answer_text(text, answer):
     assert answer_text(text) == answer
 
 
-def test_no_answer_block_is_zero_in_training_and_the_whole_text_in_evaluation():
+@pytest.mark.parametrize(
+    ("text", "solution", "problem_type", "reward"),
+    [
+        ("<think>Perhaps B.</think>\nA", "A", "multiple choice", 1),
+        ("<think>Perhaps B.</think>\nA", "B", "multiple choice", 0),
+        ("<context>B is on the wall.</context><think>C?</think>\n\nThe answer is A.", "A", "multiple choice", 1),
+        ("<think>maybe <answer>B</answer></think>A", "A", "multiple choice", 1),
+        ("Perhaps B.</think>\nA", "A", "multiple choice", 1),  # the prompt opened the block
+        ("A\n<think>B would be worse.</think>", "A", "multiple choice", 1),
+        ("<think>Perhaps B.</think>", "B", "multiple choice", 0),  # a thought is no answer
+        ("<think>A.</think>\nA or B", "A", "multiple choice", 0),
+        ("<think>Yes? No?</think>Yes", "Yes", "judge", 1),
+        ("<think>Yes.</think>No", "Yes", "judge", 0),
+        ("<context>2 men</context><think>3 - 1</think>\n\\(4\\)", "4", "numerical", 1),
+        ("<think>4</think>\n5", "4", "numerical", 0),
+        ("<think>10 or 20</think>about 10", "10", "regression", 1),
+        ("<think>It says GO.</think>STOP", "STOP", "OCR", 1),
+    ],
+)
+def test_an_answer_without_tags_stands_outside_the_other_blocks_in_evaluation(text, solution, problem_type, reward):
+    assert accuracy_reward(text, solution, problem_type, evaluation=True) == reward
+    assert accuracy_reward(text, solution, problem_type) == 0.0
+
+
+def test_no_answer_block_is_zero_in_training_and_its_untagged_text_in_evaluation():
     for text in ("The answer is B.", "B. A man", "<answer>B", "B"):
         assert accuracy_reward(text, "B", "multiple choice") == 0.0
         assert accuracy_reward(text, "B", "multiple choice", evaluation=True) == 1.0
@@ -150,6 +175,55 @@ def test_choice_letters(text, letters):
     assert choice_letters(text) == set(letters)
 
 
+@pytest.mark.parametrize(
+    ("text", "letters"),
+    [
+        # an option's words may hold a negation
+        ("B\nNo, he is not happy.", "B"), ("- B. He is not happy.", "B"), ("B is correct: she isn't angry.", "B"),
+        ("(B)\nHe never smiles", "B"), ("**B**\n\nHe isn't happy", "B"), ("* B) Not happy", "B"),
+        ("1. B. Not happy", "B"),
+        ("B – he doesn't smile", "B"), ("B (he is not happy)", "B"), ("B because he isn't happy", "B"),
+        ("B He is not happy", "B"), ("Option B\nHe is not happy", "B"), ("I think it's B. He is not happy.", "B"),
+        ("B is the best choice, since neither smiles", "B"), ("- A. not happy\n- C. never sad", "AC"),
+        # what is refused is not chosen
+        ("not A but B", "B"), ("It isn't A, it's B", "B"), ("B, not A", "B"), ("A is wrong, B is right", "B"),
+        ("I would not choose A; B fits", "B"), ("The answer is B. Option A is wrong", "B"), ("B rather than A", "B"),
+        ("B is wrong", ""), ("Option B is wrong.", ""), ("option A doesn't fit", ""), ("It cannot be B", ""),
+        ("I don't think it's B", ""), ("Don't pick A", ""), ("B isn't right because he smiles", ""),
+        ("anything but B", ""), ("None of A, B or C", ""), ("not A or B", ""), ("A and B are both incorrect", ""),
+        # the letter A and the article
+        ("option A fits best", "A"), ("Option A: a man", "A"), ("A fits best", "A"), ("A seems right", "A"),
+        ("A since he smiles", "A"), ("A He smiles", "A"), ("I'd go with A here", "A"),
+        ("Choice A matches the video", "A"),
+        ("A, B/c he told a joke.", "A"), ("A b/c he told a joke", "A"), ("C, b/c a man left", "C"),
+        ("C\nA Black man enters.", "C"), ("A\nA Black man enters.", "A"), ("C. A Black man enters.", "C"),
+        ("A Black man enters.", ""), ("A fitting end", ""), ("the best option is a man", ""),
+        ("B/c he told a joke", ""),
+        ("N/A (wrong clip)", ""), ("N/A", ""), ("n/a", ""), ("Answer: N/A", ""), ("A/C", "AC"),
+        ("\\(B\\)", "B"), ("\\boxed{\\text{B. He isn't happy}}", "B"), ("$\\mathrm{(B)}$", "B"),
+    ],
+)  # fmt: skip
+def test_letters_beside_negations_and_articles(text, letters):
+    assert choice_letters(text) == set(letters)
+
+
+MEN = ("A. Vitamin C", "B. a man", "C. not a man", "D. Both A and B")
+
+
+@pytest.mark.parametrize(
+    ("answer", "letters"),
+    [
+        ("Vitamin C", "A"), ("vitamin c.", "A"), ("The answer is: Vitamin C", "A"), ("A man", "B"), ("not a man", "C"),
+        ("Both A and B", "D"), ("B. a man", "B"), ("C\nNot a man", "C"), ("Vitamin C, a man", "AB"), ("C", "C"),
+        ("Option C, because of a man", "C"), ("A, b/c Vitamin C helps", "A"),
+        ("a woman", ""), ("not Vitamin C", ""), ("a man with a hat", ""), ("Vitamins", ""),
+    ],
+)  # fmt: skip
+def test_words_of_an_option_are_its_letter(answer, letters):
+    assert parse_answer(answer, "multiple choice", MEN) == set(letters)
+    assert parse_answer(answer, "emer_ov_mc", MEN) == set(letters)
+
+
 def test_multiple_choice_needs_the_same_set():
     assert accuracy("multiple choice", "B. A man", "<answer>B</answer>") == 1.0
     assert accuracy("multiple choice", "A man is sad", "A") == 0.0
@@ -182,6 +256,25 @@ def test_emer_ov_mc(answer, reference, f1):
 )  # fmt: skip
 def test_judge_type(answer, reference, reward):
     assert accuracy("judge", answer, reference) == reward
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "reward"),
+    [
+        ("A", "Yes", 1), ("B", "No", 1), ("(a)", "Yes", 1), ("The answer is B", "No", 1), ("A. Yes", "Yes", 1),
+        ("A", "A", 1), ("Yes", "A", 1), ("b", "B", 1), ("B. No, he does not", "No", 1),
+        ("B", "Yes", 0), ("A", "B", 0), ("C", "Yes", 0), ("A or B", "Yes", 0), ("not A", "Yes", 0), ("N/A", "Yes", 0),
+    ],
+)  # fmt: skip
+def test_yes_or_no_asked_as_options(answer, reference, reward):
+    options = ["A. Yes", "B. No"]
+    assert accuracy("judge", answer, reference, options=options) == reward
+
+
+def test_a_letter_means_yes_or_no_only_by_the_options():
+    assert accuracy("judge", "A", "Yes") == 0.0
+    assert accuracy("judge", "A", "No", options=["A. No", "B. Yes"]) == 1.0
+    assert accuracy("judge", "A", "Yes", options=["A. No", "B. Yes"]) == 0.0
 
 
 # ---------------------------------------------------------------------------------------------- numbers
@@ -218,6 +311,27 @@ def test_judge_type(answer, reference, reward):
 )  # fmt: skip
 def test_numerical(answer, reference, reward):
     assert accuracy("numerical", answer, reference) == reward
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        (r"\(3\)", 3), (r"\[3\]", 3), ("\\[\n3\n\\]", 3), ("$3$", 3), ("$$3$$", 3), (r"\boxed{3}", 3),
+        (r"\textbf{3}.", 3),
+        (r"120^\circ", 120), (r"120^{\circ}\text{C}", 120), (r"12\text{ cm}", 12), (r"12\,\mathrm{cm}^{2}", 12),
+        (r"12~\text{cm}", 12), ("$12$ cm", 12), (r"5\ \Omega", 5), (r"50\%", 50), (r"$50\%$", 50), (r"\$5", 5),
+        (r"1{,}000", 1000), (r"1{,}000{,}000.5", 1000000.5), (r"1\,000", 1000), (r"\$1{,}000", 1000),
+        (r"\tfrac{1}{2}", 0.5), (r"\frac{1}{2}", 0.5), (r"\frac12", 0.5), (r"\boxed{-\dfrac{3}{4}}", -0.75),
+        (r"1\frac{1}{2}", 1.5), (r"3.5\times 10^{2}", 350), (r"25 \cdot 10^{-2}", 0.25), (r"\left(-3\right)", -3),
+        (r"2\pi", None), (r"3\sqrt{2}", None), (r"\sqrt{2}", None), (r"\approx 3", None), ("~3", None),
+        (r"3\pm 1", None),
+        (r"5 \times 3", None), (r"\(3\) or \(4\)", None), (r"3\text{ or }4", None), (r"\infty", None), ("2^{3}", None),
+        (r"\frac{1}{0}", None), (r"\frac123", None), ("3{,}14", None), ("1{,}00", None), (r"\text{five}", None),
+    ],
+)  # fmt: skip
+def test_numbers_in_latex(text, value):
+    number = parse_number(text)
+    assert (number and number.value) == value
 
 
 @pytest.mark.parametrize(

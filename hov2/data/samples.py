@@ -185,7 +185,7 @@ def _to_checked_sample(record: Any, format_name: str, number: int, path: str, ro
     where = f"{path}: record {number}"
     sample = to_sample(convert(format_name, record, root, where), number, path, root)
     try:
-        check_reference(sample.solution, sample.problem_type)
+        check_reference(sample.solution, sample.problem_type, sample.options)
     except ValueError as error:
         raise DataError(f"{where}: {error}") from None
     return sample

@@ -15,7 +15,7 @@ from fractions import Fraction
 import torch
 from tqdm import tqdm
 
-from hov2.answers import PROBLEM_TYPES, answer_text
+from hov2.answers import answer_text, parse_answer, untagged_answer
 from hov2.data.media import MediaError
 from hov2.data.samples import Sample, SkipSample, read_samples
 from hov2.distributed import compute_dtype, gather_objects, print0, rank, store, unsharded, world_size
@@ -227,7 +227,7 @@ def _scored(sample: Sample, text: str, truncated: bool, scores: dict[str, float 
     `parsed` is what counts of it; `exact` is its accuracy if the answer is bare (BARE), for example just "B", else 0.
     """
     answer = answer_text(text)
-    said = text.strip() if answer is None else answer
+    said = untagged_answer(text) if answer is None else answer
     accuracy = scores["accuracy"]
     exact = accuracy
     if accuracy is not None and not re.fullmatch(BARE.get(sample.problem_type, "(?s:.*)"), said):
@@ -235,7 +235,7 @@ def _scored(sample: Sample, text: str, truncated: bool, scores: dict[str, float 
     return {
         "completion": text,
         "answer": answer,
-        "parsed": _parsed(said, sample.problem_type),
+        "parsed": _parsed(said, sample),
         "accuracy": accuracy,
         "exact": exact,
         "format": scores["format"],
@@ -245,10 +245,9 @@ def _scored(sample: Sample, text: str, truncated: bool, scores: dict[str, float 
     }
 
 
-def _parsed(said: str, problem_type: str) -> str | None:
+def _parsed(said: str, sample: Sample) -> str | None:
     """Return what counts of an answer as text, so that answers can be counted; None if nothing does."""
-    parse = PROBLEM_TYPES[problem_type][0]
-    parsed = parse(said) if said else None
+    parsed = parse_answer(said, sample.problem_type, sample.options)
     if not parsed:
         return None
     if isinstance(parsed, set):

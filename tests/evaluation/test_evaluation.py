@@ -127,7 +127,7 @@ def test_longest_first(tmp_path):
     [
         ("multiple choice", "<think>C</think><answer>B</answer>", "B", 1.0),
         ("multiple choice", "<answer>B. two</answer>", "B", 0.0),
-        ("multiple choice", "B", "B", 1.0),  # without a block, the whole text
+        ("multiple choice", "B", "B", 1.0),  # without blocks, the whole text
         ("multiple choice", "It is B", "B", 0.0),
         ("multiple choice", "", None, 0.0),
         ("emer_ov_mc", "<answer>C, A</answer>", "A,C", 1.0),
