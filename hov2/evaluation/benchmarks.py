@@ -226,12 +226,15 @@ def intent_column(record: dict) -> tuple[str, str]:
     """Return (column of the paper's table, which of RULES said so) of an IntentBench question.
 
     Its `Type` where that names a column; else emer_ov_mc is Emotion and judge is Deception, and any other question goes
-    by the first interrogative word in it, Other without one.
+    by the first of the question words, in published.json's order, that its letters hold (so "somewhat" is What); Other
+    without one. That is how the published questions got their `Type`: all 2,356 multiple-choice ones agree.
     """
+    problem = record["problem"].lower()
+    question_words = PUBLISHED["intentbench"]["rules"]["question word"]
     said = {
         "Type": [_plain(record["extra"].get("Type"))],
         "problem type": [record["problem_type"]],
-        "question word": re.findall(r"[a-z]+", record["problem"].lower()),
+        "question word": [word for word in question_words if word in problem],
     }
     for rule, column_of in PUBLISHED["intentbench"]["rules"].items():
         for value in said[rule]:

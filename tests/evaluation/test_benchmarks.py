@@ -224,11 +224,15 @@ def test_unknown_benchmark_and_missing_file(tmp_path):
         ({"problem_type": "judge"}, "Deception", "problem type"),
         ({"problem_type": "emer_ov_mc", "problem": "What does she feel?"}, "Emotion", "problem type"),
         ({"extra": {"Type": "long video"}, "problem": "In the clip, what's that?"}, "What", "question word"),
-        ({"extra": {"Type": None}, "problem": "Who says why?"}, "Who/Which", "question word"),
+        ({"extra": {"Type": None}, "problem": "Who says why?"}, "Why", "question word"),
+        ({"problem": "Why, and how, and at what?"}, "What", "question word"),
+        ({"problem": "When does she say how?"}, "How", "question word"),
+        ({"problem": "Which one, and when?"}, "When", "question word"),
         ({"problem": "Whose hat is it?"}, "Who/Which", "question word"),
         ({"problem": "WHEN does he stop?"}, "When", "question word"),
-        ({"problem": "Where is the showman?"}, "Other", "question word"),
-        ({"problem": "Does the somewhat tired man agree?"}, "Other", "question word"),
+        ({"problem": "Where is the showman?"}, "How", "question word"),
+        ({"problem": "Does the somewhat tired man agree?"}, "What", "question word"),
+        ({"problem": "Where is he? Does he agree?"}, "Other", "question word"),
     ],
 )
 def test_intentbench_goes_by_type_then_problem_type_then_question_word(fields, column, rule):

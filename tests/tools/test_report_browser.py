@@ -131,6 +131,23 @@ def test_completions_show_scores_blocks_and_clipped_tokens(browser, page):
     }
 
 
+def test_names_and_numbers_stay_whole_beside_a_judge_who_replies_in_sentences(browser, page):
+    show(browser, page)
+    browser.execute_script("""for (const cell of document.querySelectorAll("td:last-child"))
+        cell.textContent = "judge: “It names the smile, " + "and_never_says_when_".repeat(9) + ". The score is 3.”";""")
+    broken, wide = browser.execute_script("""
+        const lines = cell => {
+            const range = document.createRange();
+            range.selectNodeContents(cell);
+            return new Set([...range.getClientRects()].map(line => line.top)).size;
+        };
+        const cells = [...document.querySelectorAll("article th, article td:not(:last-child)")];
+        const cards = [...document.querySelectorAll("article")];
+        return [cells.filter(cell => lines(cell) !== 1).map(cell => cell.textContent),
+            cards.filter(card => card.scrollWidth > card.clientWidth).length];""")
+    assert broken == [] and wide == 0
+
+
 def test_all_views_open_without_an_error_and_model_output_stays_text(browser, page):
     show(browser, page)
     for view in ("curves", "evaluation", "rollouts"):
