@@ -100,11 +100,9 @@ _JOINED = r"(?:\s*(?:[,;/&+]|\band\b|\bor\b))+"
 _RUN = re.compile(rf"\s*[\[(]?{_EITHER_CASE}[\])]?(?:{_JOINED}\s*[\[(]?{_EITHER_CASE}[\])]?)+", re.ASCII)
 _IN_RUN = re.compile(rf"(?<![A-Za-z])({_EITHER_CASE})", re.ASCII)
 # A letter that names an option: "B. sad", "b) sad", "(B) sad", "B: sad", "B - sad", "B" on a line; not the D of "D.C.".
-_LABEL = re.compile(
-    r"\s*[\[(]?([A-Za-z])(?:[\])]|[ \t]*(?:[.:,;)=](?!\w\.)|[(–—\n]|$)|[ \t]+-\s)"
-    rf"|\s*({_EITHER_CASE})(?=[ \t]+{_NO_NOUN})|\s*({_CAPITAL})(?=[ \t]+[A-Z])",
-    re.ASCII,
-)
+_LABEL = re.compile(r"\s*[\[(]?([A-Za-z])(?:[\])]|[ \t]*(?:[.:,;)=](?!\w\.)|[(–—\n]|$)|[ \t]+-\s)", re.ASCII)
+# One without a sign, before what starts anew: "B because", "B he is sad", "B The man is sad".
+_UNSIGNED = re.compile(rf"\s*({_EITHER_CASE})(?=[ \t]+(?:{_NO_NOUN}|[A-Z]))", re.ASCII)
 # The later ones of a list: "A. sad, C. happy".
 _LISTED = re.compile(r"(?:[,;/&\n]|\band\b)\s*[\[(]?([A-Za-z])[\])]?\s*[.:)](?=\s+\w|\w\w)", re.ASCII)
 # What says that the next letters are an answer; a noun right before the letter ("option C") just speaks of them.
@@ -113,17 +111,15 @@ _CUE = re.compile(
     r"((?:[\s:=]|\b(?:is|are|be|would|should|must|the|letter|option|choice|correct|right|most|likely|probably)\b)*)",
     re.IGNORECASE,
 )
-# Letters that the text refuses: "not B", "I don't think it's B", "neither A nor B"; "B is wrong", "B doesn't fit".
+# Letters that the text refuses: "not B", "I don't think it's B", "neither A nor B" ...
+_REFUSED = rf"[\[(]?[A-HJ-Z]{_END}[\])]?(?:\s*(?:,|/|\band\b|\bn?or\b)[ \t]*[\[(]?[A-HJ-Z]{_END}[\])]?)*"
 _NOT = r"(?i:(?:\b(?:not|cannot|neither|nor|never|none|except|rather than|instead of|anything but)|n['’]t)\b)"
-_SAME_CLAUSE = r"(?:[ \t]+(?!(?i:but|because|since|as|so|only)\b)[A-Za-z][a-z'’]+)"
+_SAME_CLAUSE = r"(?:[ \t]+(?!(?i:but|because|since|as|so|only)\b)[A-Za-z][a-z'’]+){0,6}"
+_NEGATED = re.compile(rf"{_NOT}{_SAME_CLAUSE}[ \t]+{_REFUSED}", re.ASCII)
+# ... or "B is wrong", "B doesn't fit"; but in "B not A" it is A.
 _VERB = r"(?:is|are|was|were|ca|can|could|do|does|did|wo|will|would|should|must|may|might|be|seems?|looks?|both|the)"
-_WRONG = r"(?:not|cannot|never|wrong|incorrect|false|impossible|unlikely|ruled out)"
-_REFUSED_ONES = rf"[\[(]?[A-HJ-Z]{_END}[\])]?(?:\s*(?:,|/|\band\b|\bn?or\b)[ \t]*[\[(]?[A-HJ-Z]{_END}[\])]?)*"
-_REFUSED = re.compile(
-    rf"{_NOT}{_SAME_CLAUSE}{{0,6}}[ \t]+{_REFUSED_ONES}"
-    rf"|{_REFUSED_ONES}(?:[ \t]+{_VERB})*(?:[ \t]+{_WRONG}|n['’]t)\b(?![ \t]+{_CAPITAL})",
-    re.ASCII,
-)
+_WRONG = r"(?:[ \t]+(?:not|cannot|never|wrong|incorrect|false|impossible|unlikely|ruled out)|n['’]t)\b"
+_CALLED_WRONG = re.compile(rf"{_REFUSED}(?:[ \t]+{_VERB})*{_WRONG}(?![ \t]+{_CAPITAL})", re.ASCII)
 _NOT_AVAILABLE = re.compile(r"(?<![\w/])n(?:\s?/\s?|\.)a(?![\w/])", re.IGNORECASE)
 # fmt: off
 _FILLER = {
@@ -146,7 +142,7 @@ def choice_letters(text: str) -> set[str]:
         return letters  # nothing but letters: "B", "a, c", "(A) (C)", "The answer is A"
     if re.fullmatch("[A-J]{2,}", text) and len(set(text)) == len(text):
         return set(text)  # "AC"
-    text = _REFUSED.sub(" ", text)
+    text = _CALLED_WRONG.sub(" ", _NEGATED.sub(" ", text))
     said = _letters_at(text, 0)
     mentioned = set()
     for cue in _CUE.finditer(text):
@@ -168,11 +164,11 @@ def _letters_at(text: str, position: int, single: re.Pattern | None = None) -> s
     `single`: the form of a letter that is taken although nothing sets it apart.
     """
     run = _RUN.match(text, position)
-    label = _LABEL.match(text, position)
+    label = _LABEL.match(text, position) or _UNSIGNED.match(text, position)
     if run:
         letters = _IN_RUN.findall(run.group()) + _LISTED.findall(text, run.end())
     elif label:
-        letters = [label[label.lastindex]] + _LISTED.findall(text, label.end())
+        letters = [label[1]] + _LISTED.findall(text, label.end())
     elif single and single.match(text, position):
         letters = [single.match(text, position)[1]]
     else:
@@ -187,7 +183,7 @@ def _words_to_letters(text: str, options: Sequence[str]) -> str:
     """
     wordings = {}
     for letter, option in zip(string.ascii_uppercase, options):
-        words = re.sub(rf"\s*\(?{letter}\s*[.:)]", "", option, count=1)
+        words = re.sub(rf"^\s*\(?{letter}\s*[.:)]", "", option)
         wordings[plain_text(words).strip(" .")] = letter
     rest = plain_text(text)
     named = []

@@ -36,5 +36,5 @@ def plain_text(text: str) -> str:
     text = without_latex(text.translate(FULL_WIDTH))
     text = re.sub(r"[*_`$]", " ", text)
     text = re.sub(r"(?<!\w)['\"‘’“”]|['\"‘’“”](?!\w)", " ", text)
-    text = re.sub(r"(?<=\s)[Bb]/c\b|\b[Bb]/c(?=\s+[a-z])", "because", text)
+    text = re.sub(r"(?<=\s)[Bb]/c\b|\b[Bb]/c(?=\s+(?!and\b|or\b)\w\w)", "because", text)
     return re.sub(r"(?m)^[ \t]*(?:[-–—•·>#]+|\d+[.)])[ \t]+", "", text).strip()
