@@ -42,10 +42,14 @@ def answer_text(text: str) -> str | None:
 
 
 def untagged_answer(text: str) -> str:
-    """Return what a completion without an answer says: its text outside the context and think blocks, without tags."""
+    """Return what a completion without an answer says, without tags.
+
+    That is its text outside the context and think blocks; where there is none, all of it.
+    """
     outside = _CONTEXT.sub("\n", _THINK.sub("\n", text))
     outside = outside.rpartition("</think>")[2]  # where the prompt opened the block
-    return TAG.sub("\n", outside).strip()
+    outside = TAG.sub("\n", outside).strip()
+    return outside or TAG.sub("\n", text).strip()
 
 
 def parse_answer(answer: str | None, problem_type: str, options: Sequence[str] | None = None) -> Any:

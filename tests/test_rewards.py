@@ -109,7 +109,7 @@ def test_answer_text(text, answer):
         ("<think>maybe <answer>B</answer></think>A", "A", "multiple choice", 1),
         ("Perhaps B.</think>\nA", "A", "multiple choice", 1),  # the prompt opened the block
         ("A\n<think>B would be worse.</think>", "A", "multiple choice", 1),
-        ("<think>Perhaps B.</think>", "B", "multiple choice", 0),  # a thought is no answer
+        ("<think>Perhaps B.</think>", "B", "multiple choice", 1),  # nothing else was said: the whole text
         ("<think>A.</think>\nA or B", "A", "multiple choice", 0),
         ("<think>Yes? No?</think>Yes", "Yes", "judge", 1),
         ("<think>Yes.</think>No", "Yes", "judge", 0),
