@@ -16,7 +16,7 @@ from hov2.config_help import help_text
 from hov2.config_io import config_from_argv, save_config
 from hov2.data.formats import DataError
 from hov2.data.inputs import InputMaker
-from hov2.distributed import print0
+from hov2.distributed import WriteError, print0, writing
 from hov2.engine import guard
 from hov2.engine.checkpoint import CheckpointError
 from hov2.judge import Judge, JudgeError
@@ -26,7 +26,7 @@ from hov2.model.weights import ModelError
 from hov2.prompts import PromptsError, load_prompts
 
 # each says by itself what would be right
-USER_ERRORS = (CheckpointError, ConfigError, DataError, JudgeError, ModelError, PromptsError)
+USER_ERRORS = (CheckpointError, ConfigError, DataError, JudgeError, ModelError, PromptsError, WriteError)
 
 
 @dataclass
@@ -54,7 +54,8 @@ def start(config: BaseConfig, device: torch.device, trained: bool = True) -> Run
     if judge:
         judge.check()
     if distributed.rank() == 0:
-        save_config(config, config.output_dir)
+        with writing(f"{config.output_dir}/config.json"):
+            save_config(config, config.output_dir)
     tokenizer = load_tokenizer(config.model)
     policy = load_policy(config, device, trained)
     encoder = Encoder(policy.thinker, device, config.encoding_cache)
@@ -71,7 +72,9 @@ def command(main: Callable[[BaseConfig], None], config_class: type[BaseConfig], 
         print(help_text(config_class, sys.argv[0], sys.modules[main.__module__].__doc__, default))
         return
     try:
-        main(config_from_argv(config_class, sys.argv[1:], default))
+        config = config_from_argv(config_class, sys.argv[1:], default)
+        check_shares(config, int(os.environ.get("WORLD_SIZE", "1")))
+        main(config)
         return
     except Exception as error:  # noqa: BLE001, it is shown, and the process ends
         if isinstance(error, (*USER_ERRORS, FloatingPointError)):
@@ -83,6 +86,16 @@ def command(main: Callable[[BaseConfig], None], config_class: type[BaseConfig], 
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)  # without waiting for requests to the judge that are still in flight: the other ranks wait for this one
+
+
+def check_shares(config: BaseConfig, processes: int) -> None:
+    """Raise ConfigError for a step that so many processes can't share evenly."""
+    for key in ("prompts_per_step", "samples_per_step"):
+        per_step = getattr(config, key, processes)
+        if per_step % processes:
+            raise ConfigError(
+                f"{key}: {per_step} can't be shared evenly by {processes} processes; expected a multiple of {processes}"
+            )
 
 
 def report_derived(

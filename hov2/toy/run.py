@@ -19,8 +19,9 @@ STEPS = ("stage1", "filter_stage2", "stage2", "filter_stage3", "stage3", "eval")
 SCRIPTS = {"stage1": "train_sft.py", "stage2": "train_grpo.py", "stage3": "train_grpo.py"}  # evaluate.py for the others
 FILTERED = {"stage2": ROOT / "filter_stage2/kept.jsonl", "stage3": ROOT / "filter_stage3/kept.jsonl"}
 SUMMARY = ROOT / "summary.json"
-# What `python -m hov2.toy` writes in ROOT. All else there is somebody's own; evaluations are in the stages' folders.
-WRITTEN = (WORLD.name, *STEPS[:-1], SUMMARY.name)
+# What `python -m hov2.toy` writes in ROOT, and what configs/toy/eval*.json write there about its model, as patterns. All
+# else there is somebody's own.
+WRITTEN = (WORLD.name, *STEPS[:-1], "eval", "eval_*", SUMMARY.name)
 EVAL_FILES = [WORLD / "eval.json", WORLD / "swapped_sound.json", WORLD / "swapped_picture.json"]
 PROCESSES = 2
 SCORES = ("accuracy", "format", "context")
@@ -77,7 +78,10 @@ def _answers(url: str) -> bool:
 
 
 def set_earlier_run_aside() -> None:
-    """Move what an earlier `python -m hov2.toy` wrote to ROOT/earlier-N; leave all else in ROOT where it is."""
+    """Move what an earlier `python -m hov2.toy` wrote, and evaluations of its model, to ROOT/earlier-N.
+
+    All else in ROOT stays where it is.
+    """
     set_aside(ROOT, WRITTEN)
 
 
