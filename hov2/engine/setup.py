@@ -46,8 +46,9 @@ def start(config: BaseConfig, device: torch.device, trained: bool = True) -> Run
     """Load everything that `config` names, check that its judge can be reached, and write the resolved config.
 
     `device` is from `distributed.setup`; `trained` as for `load_policy`. Raises the parts' own errors: ModelError,
-    JudgeError, PromptsError.
+    JudgeError, PromptsError; and ConfigError for a step that the processes can't share evenly.
     """
+    check_shares(config, distributed.world_size())
     guard.watch(config.hang_minutes)
     prompts = load_prompts(config.prompts)
     judge = Judge(config.judge, prompts) if config.judge else None
@@ -72,9 +73,7 @@ def command(main: Callable[[BaseConfig], None], config_class: type[BaseConfig], 
         print(help_text(config_class, sys.argv[0], sys.modules[main.__module__].__doc__, default))
         return
     try:
-        config = config_from_argv(config_class, sys.argv[1:], default)
-        check_shares(config, int(os.environ.get("WORLD_SIZE", "1")))
-        main(config)
+        main(config_from_argv(config_class, sys.argv[1:], default))
         return
     except Exception as error:  # noqa: BLE001, it is shown, and the process ends
         if isinstance(error, (*USER_ERRORS, FloatingPointError)):

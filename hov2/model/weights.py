@@ -24,6 +24,7 @@ from hov2.distributed import WriteError, gather_objects, rank, rank_zero_first
 
 INDEX = "model.safetensors.index.json"
 INSIDE = ("model.language_model.", "model.visual.", "model.audio_tower.")  # how the thinker names its own parts
+HEAD, EMBEDDINGS = "lm_head.weight", "model.language_model.embed_tokens.weight"  # which may be one and the same
 ROWS = 4096  # of large tensors that are compared, at a time
 WEIGHTS = (".safetensors", ".bin", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".distcp")  # endings
 LARGEST_COPY = 100 * 2**20  # bytes of a file, or of a subfolder, that is copied into an export
@@ -79,6 +80,8 @@ def read_weights(parameters: dict[str, Tensor], folder: Path) -> None:
     """
     parameters = {thinker_name(name): parameter for name, parameter in parameters.items()}
     slices = _slices(folder)
+    if HEAD not in parameters and HEAD in slices:  # tied: the one stands for the other
+        slices.setdefault(EMBEDDINGS, slices[HEAD])
     unusable = []
     for name, parameter in parameters.items():
         if name not in slices or tuple(slices[name].get_shape()) != tuple(parameter.shape):
@@ -93,7 +96,7 @@ def read_weights(parameters: dict[str, Tensor], folder: Path) -> None:
 def heads_differ(folder: Path) -> bool:
     """Whether the folder's files have both an lm_head and embeddings, and these aren't the same numbers."""
     slices = _slices(folder)
-    head, embeddings = slices.get("lm_head.weight"), slices.get(f"{INSIDE[0]}embed_tokens.weight")
+    head, embeddings = slices.get(HEAD), slices.get(EMBEDDINGS)
     if head is None or embeddings is None:
         return False
     if head.get_shape() != embeddings.get_shape():

@@ -10,7 +10,9 @@ from typing import Any, TextIO
 from urllib.parse import urlsplit
 
 from hov2.config import EvalConfig, GRPOConfig, SFTConfig
+from hov2.distributed import world_size
 from hov2.engine.checkpoint import set_aside
+from hov2.engine.setup import check_shares
 from hov2.evaluation.results import mean
 from hov2.toy.rule_judge import RuleJudge
 from hov2.toy.world import CONFIGS, MAIN_TYPES, QUESTIONS, ROOT, WORLD, build_world
@@ -51,6 +53,7 @@ def prepare(config: SFTConfig | GRPOConfig | EvalConfig) -> None:
         read.append(Path(benchmark_root))
     if not any(path.is_relative_to(ROOT) for path in read):
         return
+    check_shares(config, world_size())  # before minutes go into an earlier stage
 
     if not (WORLD / "world.json").exists():
         print(f"the toy's world is not there: building it in {WORLD}", flush=True)
