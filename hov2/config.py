@@ -256,6 +256,11 @@ class GRPOConfig(TrainConfig):
             set(of_completion) & set(self.reward_weights),
             f"reward_weights: {' or '.join(of_completion)} is needed, the rewards that reach every token",
         )
+        whole_weight = sum(self.reward_weights.get(name, 0) for name in of_completion)
+        _need(
+            whole_weight or self.judged_advantage == "own",
+            f"reward_weights: with judged_advantage={self.judged_advantage}, {' or '.join(of_completion)} above 0 is needed",
+        )
         judged = [repr(name) for name, reward in REWARDS.items() if reward.needs_judge and name in self.reward_weights]
         _need(
             self.judge or not judged,

@@ -273,6 +273,13 @@ def test_no_number_may_be_nan_or_infinite(config_class):
             assert key.rpartition(".")[2] in refusal(config_class, key, value)
 
 
+def test_rewards_that_nothing_is_made_of_are_refused(write):
+    values = {"judge": {"url": "http://a"}, "reward_weights": {"format": 0, "context": 1}}
+    load_config(GRPOConfig, write(MINIMAL | values))
+    with pytest.raises(ConfigError, match="reward_weights: with judged_advantage=full, format or accuracy above 0"):
+        load_config(GRPOConfig, write(MINIMAL | values), ["judged_advantage=full"])
+
+
 def test_texts_that_are_none_files_with_marks_and_what_is_too_large_or_deep(write, tmp_path):
     for key, value in [("prompts", "\ud83d"), ("data", [{"path": "\udce9.json"}]), ("why", {"seed": "\ud83d"})]:
         with pytest.raises(ConfigError, match=f"config.json: {key}.*: '.ud.*' is half of a surrogate pair"):
