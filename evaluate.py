@@ -83,7 +83,7 @@ def system_text(config: EvalConfig, tokenizer: PreTrainedTokenizerBase, default:
     if name == "qwen":
         return _system_text_of_model(config.model, tokenizer)
     try:
-        return Path(name).read_text(encoding="utf-8").strip()
+        return Path(name).read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise PromptsError(f"system_prompt: expected hov2, none, qwen or a text file; {name}: {error}") from None
 

@@ -243,6 +243,7 @@ def main(config: GRPOConfig) -> None:
         print0(f"model: {config.output_dir}/model")
     checkpoints.close()
     loader.close()
+    dump.close()
     log.close()
     distributed.cleanup()
 

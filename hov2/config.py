@@ -4,6 +4,8 @@ The comments are the keys' only documentation, and `--help` of the scripts print
 these dataclasses.
 """
 
+import math
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,7 +13,18 @@ from hov2.rewards import REWARDS
 
 RewardName = Literal[tuple(REWARDS)]
 MAY_BE_0 = ("top_k", "max_retries", "max_bad_steps", "dump_every")  # beside the whole numbers whose default is 0
-ABOVE_0 = ("timeout", "alpha", "top_p")
+# fmt: off
+ABOVE_0 = (
+    "timeout", "alpha", "top_p", "fps", "num_train_epochs", "learning_rate", "max_grad_norm", "epsilon", "epsilon_high",
+)
+# fmt: on
+AT_MOST_1 = ("top_p", "max_missing", "max_bad_samples", "epsilon", "gate_threshold")
+BELOW_1 = ("adam_beta1", "adam_beta2", "threshold")
+LARGEST = 2**63 - 1  # what 64 bits hold
+
+URL = re.compile(r"\s*(?:[a-z][a-z0-9+.-]+://|data:[\w.+-]+/)", re.IGNORECASE)  # how an address starts; no path does
+SLICE = re.compile(r"(first|last|random):(?:(\d+)|(\d+(?:\.\d+)?)%)", re.ASCII)
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
 class ConfigError(ValueError):
@@ -22,13 +35,16 @@ class Checked:
     """A dataclass whose whole numbers are at least 1, unless their default is 0, and others not below 0."""
 
     def __post_init__(self):
-        """Raises ConfigError for other numbers."""
+        """Raises ConfigError for other numbers, and beyond the limits of the tables above."""
         for name, value in vars(self).items():
             if type(value) in (int, float):
                 whole = type(value) is int and not isinstance(getattr(type(self), name), float)
                 least = int(whole and getattr(type(self), name) != 0 and name not in MAY_BE_0)
+                _need(abs(value) <= LARGEST, f"{name}: expected a number of at most {LARGEST}, got {value}")
                 _need(value >= least, f"{name}: at least {least}, got {value}")
                 _need(value or name not in ABOVE_0, f"{name}: expected more than 0, got {value}")
+                _need(value <= 1 or name not in AT_MOST_1, f"{name}: at most 1, got {value}")
+                _need(value < 1 or name not in BELOW_1, f"{name}: expected less than 1, got {value}")
 
 
 @dataclass
@@ -41,9 +57,23 @@ class Source:
     format: str = "hov2"  # how the file is published: formats.py
     on_bad_record: Literal["error", "skip"] = "error"  # skip: a record that can't be used is left out, and counted
 
+    def __post_init__(self):
+        """Refuses places that can't be read from, and slices that hold nothing."""
+        _need_local("path", self.path)
+        _need_local("media_root", self.media_root)
+        match = SLICE.fullmatch(self.slice)
+        _need(
+            match or self.slice == "all",
+            f"slice: expected all, first:N, last:N or random:N, where N may be a percentage (50%); got {self.slice!r}",
+        )
+        if match:
+            amount = match[2] or match[3]
+            _need(float(amount) > 0, f"slice: {self.slice!r} leaves no record")
+            _need(not match[3] or float(amount) <= 100, f"slice: at most 100%, got {self.slice!r}")
+
 
 @dataclass
-class MediaConfig:
+class MediaConfig(Checked):
     """How clips become tensors (docs/data.md, "How clips are read")."""
 
     fps: float = 2.0  # frames a second that are looked at
@@ -51,6 +81,16 @@ class MediaConfig:
     min_pixels: int = 4 * 28 * 28  # of a frame: smaller ones are enlarged
     max_pixels: int = 128 * 28 * 28  # of a frame: larger ones are reduced; a token is 28 x 28 pixels
     interleave_audio: bool = False  # true: Qwen2.5-Omni's time-aligned layout; false: audio as an item after the video
+
+    def __post_init__(self):
+        """Refuses sizes that no clip can have."""
+        super().__post_init__()
+        _need(self.max_frames >= 2, f"max_frames: at least 2, a token is of two frames; got {self.max_frames}")
+        _need(self.max_pixels >= 28 * 28, f"max_pixels: at least {28 * 28}, one token; got {self.max_pixels}")
+        _need(
+            self.min_pixels <= self.max_pixels,
+            f"min_pixels, max_pixels: expected the first to be no larger, got {self.min_pixels} and {self.max_pixels}",
+        )
 
 
 @dataclass
@@ -85,9 +125,14 @@ class LoRAConfig(Checked):
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
 
+    def __post_init__(self):
+        """Refuses adapters on nothing."""
+        super().__post_init__()
+        _need(self.target_modules, "target_modules: expected at least one layer's name")
+
 
 @dataclass
-class AlarmConfig:
+class AlarmConfig(Checked):
     """Signs of collapse that the log says once; limits for the mean of 20 steps (guard.py), null: never said."""
 
     format_drop: float | None = 0.2  # the format reward has fallen by more than this from its highest
@@ -152,6 +197,8 @@ class TrainConfig(BaseConfig):
     def __post_init__(self):
         """Refuses values that can't train."""
         super().__post_init__()
+        for step in self.profile_steps:
+            _need(step >= 0, f"profile_steps: steps count from 0, got {step}")
         _need(self.keep_last or not self.keep_every, "keep_every: needs keep_last, else all checkpoints are kept")
         _need(
             bool(self.eval_data) == bool(self.eval_steps),
@@ -201,10 +248,18 @@ class GRPOConfig(TrainConfig):
     def __post_init__(self):
         """Refuses values that can't train."""
         super().__post_init__()
+        for name, weight in self.reward_weights.items():
+            _need(math.isfinite(weight) and weight >= 0, f"reward_weights.{name}: at least 0, got {weight}")
+        _need(any(self.reward_weights.values()), f"reward_weights: one above 0 is needed, got {self.reward_weights}")
         of_completion = [name for name, reward in REWARDS.items() if reward.span == "completion"]
         _need(
             set(of_completion) & set(self.reward_weights),
             f"reward_weights: {' or '.join(of_completion)} is needed, the rewards that reach every token",
+        )
+        whole_weight = sum(self.reward_weights.get(name, 0) for name in of_completion)
+        _need(
+            whole_weight or self.judged_advantage == "own",
+            f"reward_weights: with judged_advantage={self.judged_advantage}, {' or '.join(of_completion)} above 0 is needed",
         )
         judged = [repr(name) for name, reward in REWARDS.items() if reward.needs_judge and name in self.reward_weights]
         _need(
@@ -216,7 +271,7 @@ class GRPOConfig(TrainConfig):
 
 
 @dataclass
-class FilterConfig:
+class FilterConfig(Checked):
     """The difficulty filter: questions with a share of right answers between two bounds make the next stage's data."""
 
     output: str  # the data file to write, .jsonl
@@ -226,10 +281,11 @@ class FilterConfig:
 
     def __post_init__(self):
         """Refuses bounds that nothing lies between."""
+        super().__post_init__()
         _need(self.output.endswith(".jsonl"), f"output: expected a file that ends in .jsonl, got {self.output!r}")
         _need(
             0 <= self.min_share < self.max_share <= 1,
-            f"expected 0 <= min_share < max_share <= 1, got {self.min_share} and {self.max_share}",
+            f"min_share, max_share: expected 0 <= min_share < max_share <= 1, got {self.min_share} and {self.max_share}",
         )
 
 
@@ -253,6 +309,7 @@ class EvalConfig(BaseConfig):
     def __post_init__(self):
         """Refuses what can't be evaluated."""
         super().__post_init__()
+        _need_local("benchmark_root", self.benchmark_root)
         _need(bool(self.data) != bool(self.benchmark), "data, benchmark: expected one of the two")
         _need(bool(self.benchmark) == bool(self.benchmark_root), "benchmark, benchmark_root: expected both, or neither")
         _need(
@@ -268,3 +325,13 @@ class EvalConfig(BaseConfig):
 def _need(condition: object, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+def _need_local(key: str, path: str | None) -> None:
+    _need(path is None or not URL.match(path), f"{key}: {path!r} is a URL; only local files are read")
+
+
+def fault_of_text(text: str) -> str | None:
+    """Return what is wrong with a text that can't be written as UTF-8; None for all others."""
+    match = HALF_CHARACTER.search(text)
+    return match and f"{match[0]!r} is half of a surrogate pair, or a byte that is not UTF-8, and can't be read"

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from hov2.config import BaseConfig, ConfigError, EvalConfig, GRPOConfig, SFTConfig
+from hov2.config import BaseConfig, ConfigError, EvalConfig, GRPOConfig, SFTConfig, fault_of_text
 
 AnyConfig = TypeVar("AnyConfig")
 IN_WORDS = {dict: "an object", list: "a list", float: "a number"}  # types whose own names JSON doesn't have
@@ -30,7 +30,10 @@ def load_config(cls: type[AnyConfig], path: str | Path, overrides: Iterable[str]
     values = _read_json(path)
     for override in overrides:
         _apply_override(values, override)
-    return _build(cls, values, where=str(path))
+    try:
+        return _build(cls, values, where=str(path))
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply") from None
 
 
 def read_config(path: str | Path, overrides: Iterable[str] = ()) -> BaseConfig:
@@ -66,8 +69,8 @@ def config_from_argv(cls: type[AnyConfig], argv: Sequence[str], default: str) ->
 def _read_json(path: str | Path) -> dict[str, Any]:
     """Return the JSON object in a file."""
     try:
-        values = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+        values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: no such config file, or not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a JSON object, got {type(values).__name__}")
@@ -81,7 +84,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r}: expected key=value")
     try:
         value = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         value = text  # plain words need no quotes
     *parents, last = key.split(".")
     target = values
@@ -149,7 +152,10 @@ def _check(kind: Any, value: Any, where: str) -> Any:
             checked[_check(arguments[0], key, where)] = _check(arguments[1], item, f"{where}.{key}")
         return checked
     _check_plain(kind, value, where)
-    return kind(value)  # a whole number given for a float becomes one
+    try:
+        return kind(value)  # a whole number given for a float becomes one
+    except OverflowError:
+        raise ConfigError(f"{where}: too large a number") from None
 
 
 def _check_plain(kind: type, value: Any, where: str) -> None:
@@ -160,5 +166,7 @@ def _check_plain(kind: type, value: Any, where: str) -> None:
         fits = isinstance(value, int | float)
     else:
         fits = isinstance(value, kind)
+    if isinstance(value, str) and fault_of_text(value):
+        raise ConfigError(f"{where}: {fault_of_text(value)}")
     if not fits:
         raise ConfigError(f"{where}: expected {IN_WORDS.get(kind, kind.__name__)}, got {value!r}")

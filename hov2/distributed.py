@@ -106,11 +106,31 @@ def print0(text: str) -> None:
         print(text, flush=True)
 
 
+class WriteError(OSError):
+    """A file that can't be written, for a full disk or the like; the message names it and says why."""
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Have an error of writing inside the block name the file: a full disk's own doesn't. Raises WriteError."""
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(f"{path}: can't be written: {error.strerror or error}") from error
+
+
 def atomic_write(path: str | Path, text: str) -> None:
-    """Write a file that is there as a whole or not at all, even if several processes write it at a time."""
+    """Write a file that is there as a whole or not at all, even if several processes write it at a time.
+
+    Raises WriteError.
+    """
     part = Path(f"{path}.{uuid.uuid4().hex}.unfinished")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    with writing(path):
+        try:
+            part.write_text(text, encoding="utf-8")
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def store() -> dist.Store:

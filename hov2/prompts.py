@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hov2.config import fault_of_text
+
 
 def _read(path: str | Path) -> Any:
     """What a prompts file says, each list of lines as one text."""
-    text = Path(path).read_text(encoding="utf-8")
+    text = Path(path).read_text(encoding="utf-8-sig")
     return json.loads(text, object_hook=_with_joined_lines)
 
 
@@ -102,7 +104,7 @@ def load_prompts(path: str | Path | None = None) -> Prompts:
     """
     try:
         replacements = {} if path is None else _read(path)
-    except (OSError, ValueError) as error:  # JSON's and UTF-8's errors are ValueErrors
+    except (OSError, ValueError, RecursionError) as error:  # JSON's and UTF-8's errors are ValueErrors
         raise PromptsError(f"{path}: can't be read as JSON: {error}") from None
     return Prompts(_replaced(DEFAULTS, replacements, str(path)))
 
@@ -170,6 +172,8 @@ def _check_text(text: Any, default: str, where: str) -> None:
     missing = set(_PLACEHOLDER.findall(default)) - set(_PLACEHOLDER.findall(text))
     if missing:
         raise PromptsError(f"{where}: the placeholder {{{min(missing)}}} is missing")
+    if fault_of_text(text):
+        raise PromptsError(f"{where}: {fault_of_text(text)}")
     special = SPECIAL_TOKEN.search(text)
     if special:
         raise PromptsError(f"{where}: {special[0]} has the form of a special token")

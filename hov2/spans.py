@@ -105,12 +105,23 @@ def completion_tokens(tokenizer: "PreTrainedTokenizerBase", rollout: Any) -> lis
 
 
 def completion_texts(token_bytes: list[list[bytes]]) -> list[str]:
-    """Return each completion's text, without the end-of-turn token that stands last in most."""
+    """Return each completion's text, without the end-of-turn token that stands last in most.
+
+    Where the last token is the one that completes the first `</answer>` (`stop_at_answer`), the text ends with the tag:
+    tokens are as the tokenizer cut them, and that one may hold the beginning of what would come next ("><").
+    """
     turn_ends = [end.encode() for end in TURN_ENDS]
     texts = []
     for tokens in token_bytes:
-        said = tokens[:-1] if tokens[-1] in turn_ends else tokens
-        text, _ = text_offsets(said)
+        if tokens[-1] in turn_ends:
+            text, _ = text_offsets(tokens[:-1])
+        else:
+            text, ends = text_offsets(tokens)
+            tag_start = text.find("</answer>")
+            tag_end = tag_start + len("</answer>")
+            before_last = ends[-2] if len(ends) > 1 else 0
+            if tag_start >= 0 and tag_end > before_last:
+                text = text[:tag_end]
         texts.append(text)
     return texts
 

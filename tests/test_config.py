@@ -1,13 +1,16 @@
 """Configs: what is accepted, and that everything else is one clear error."""
 
+import dataclasses
 import json
+import math
 import re
+import typing
 from pathlib import Path
 
 import pytest
 
 from hov2.config import BaseConfig, ConfigError, EvalConfig, GRPOConfig, SFTConfig, Source
-from hov2.config_io import config_from_argv, load_config, save_config
+from hov2.config_io import _build, config_from_argv, load_config, save_config
 
 ROOT = Path(__file__).parent.parent
 MINIMAL = {"model": "m", "output_dir": "runs/x", "data": [{"path": "train.json"}]}
@@ -152,3 +155,143 @@ def test_values_that_cannot_train_are_refused(tmp_path, override, message):
     with pytest.raises(ConfigError, match=re.escape(message)) as error:
         load_config(GRPOConfig, path, [override])
     assert str(path) in str(error.value)
+
+
+# Every key of a number, and values that it can't have; the message begins with the key.
+NONSENSE = {
+    GRPOConfig: {
+        "num_train_epochs": [0, -1],
+        "max_steps": [0, -1],
+        "learning_rate": [0, -1e-6],
+        "warmup_steps": [-1],
+        "adam_beta1": [-0.1, 1, 9],
+        "adam_beta2": [-0.1, 1],
+        "weight_decay": [-0.1],
+        "max_grad_norm": [0, -1],
+        "logprob_chunk": [0],
+        "loader_workers": [-1],
+        "max_bad_samples": [-0.1, 1.5],
+        "max_bad_steps": [-1],
+        "max_hours": [-1],
+        "eval_steps": [-1],
+        "eval_max_completion_length": [0],
+        "eval_batch_size": [0],
+        "save_steps": [-1],
+        "keep_last": [-1],
+        "keep_every": [-1],
+        "profile_steps": [[-1]],
+        "prompts_per_step": [0, -8],
+        "prompts_per_forward": [0],
+        "completions_per_forward": [0],
+        "num_generations": [0, 1],
+        "num_iterations": [0],
+        "temperature": [0, -1],
+        "top_p": [0, -0.5, 1.5],
+        "top_k": [-1],
+        "max_completion_length": [0],
+        "beta": [-0.04],
+        "epsilon": [0, -0.2, 20],
+        "epsilon_high": [0, -0.2],
+        "gate_threshold": [-0.1, 1.1],
+        "dump_every": [-1],
+        "reward_weights": [{"accuracy": -1}, {"format": 0, "accuracy": 0}, {"format": math.nan, "accuracy": 1}, {}],
+        "seed": [-1, 2**64],
+        "max_prompt_length": [0],
+        "encoding_cache": [-1],
+        "hang_minutes": [-1],
+        "media.fps": [0, -1],
+        "media.max_frames": [0, 1],
+        "media.min_pixels": [0, 100353],
+        "media.max_pixels": [0, 783],
+        "lora.rank": [0],
+        "lora.alpha": [0],
+        "lora.target_modules": [[]],
+        "alarms.kl": [-1],
+        "data": [[{"path": "x", "slice": text}] for text in ("last:0%", "first:0", "first:101%", "half", "random:-1")],
+        "judge.timeout": [0],
+        "judge.concurrency": [0],
+        "judge.max_missing": [1.1],
+    },
+    SFTConfig: {"samples_per_step": [0], "prompts_per_forward": [0], "num_train_epochs": [0]},
+    EvalConfig: {
+        "max_completion_length": [0],
+        "batch_size": [0],
+        "num_samples": [0],
+        "temperature": [-0.5],
+        "top_p": [0, 1.5],
+        "top_k": [-1],
+        "filter.threshold": [-0.1, 1],
+        "filter.min_share": [-0.1, 0.9],
+        "filter.max_share": [0, 1.5],
+        "benchmark_root": ["https://x.org/b"],
+    },
+}
+OBJECTS = {"judge": {"url": "http://a"}, "lora": {}, "filter": {"output": "kept.jsonl"}}
+
+
+def number_keys(config_class, parent=""):
+    """The keys of numbers of a config class, with the names of the objects that they are in."""
+    found = set()
+    for field in dataclasses.fields(config_class):
+        kind = typing.get_type_hints(config_class)[field.name]
+        inner = next((part for part in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(part)), None)
+        if inner and typing.get_origin(kind) is not list:
+            found |= number_keys(inner, f"{parent}{field.name}.")
+        elif {int, float} & {kind, *typing.get_args(kind)}:
+            found.add(parent + field.name)
+    return found
+
+
+def refusal(config_class, key, value):
+    """What loading says of a config with this value, from the key on."""
+    first, *rest = key.split(".")
+    changed = value if not rest else {**OBJECTS.get(first, {}), rest[0]: value}
+    with pytest.raises(ConfigError) as error:
+        _build(config_class, {**MINIMAL, first: changed}, where="x.json")
+    return str(error.value).removeprefix("x.json: ").replace(": ", ".", len(rest))
+
+
+@pytest.mark.parametrize(
+    "config_class, key",
+    [(config_class, key) for config_class, keys in NONSENSE.items() for key in keys],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_values_of_no_use_are_refused_by_the_name_of_their_key(config_class, key):
+    for value in NONSENSE[config_class][key]:
+        said = refusal(config_class, key, value)
+        assert key.rpartition(".")[2] in said.partition(": ")[0], said
+
+
+@pytest.mark.parametrize("config_class", [GRPOConfig, SFTConfig, EvalConfig], ids=lambda value: value.__name__)
+def test_no_number_may_be_nan_or_infinite(config_class):
+    for key in number_keys(config_class):
+        for value in (math.nan, math.inf, -math.inf):
+            if key.endswith("reward_weights"):
+                value = {"format": value}
+            elif key == "profile_steps":
+                continue  # whole numbers
+            assert key.rpartition(".")[2] in refusal(config_class, key, value)
+
+
+def test_rewards_that_nothing_is_made_of_are_refused(write):
+    values = {"judge": {"url": "http://a"}, "reward_weights": {"format": 0, "context": 1}}
+    load_config(GRPOConfig, write(MINIMAL | values))
+    with pytest.raises(ConfigError, match="reward_weights: with judged_advantage=full, format or accuracy above 0"):
+        load_config(GRPOConfig, write(MINIMAL | values), ["judged_advantage=full"])
+
+
+def test_texts_that_are_none_files_with_marks_and_what_is_too_large_or_deep(write, tmp_path):
+    for key, value in [("prompts", "\ud83d"), ("data", [{"path": "\udce9.json"}]), ("why", {"seed": "\ud83d"})]:
+        with pytest.raises(ConfigError, match=f"config.json: {key}.*: '.ud.*' is half of a surrogate pair"):
+            load_config(GRPOConfig, write({**MINIMAL, key: value}))
+    (tmp_path / "mark.json").write_text(json.dumps(MINIMAL), encoding="utf-8-sig")
+    assert load_config(GRPOConfig, tmp_path / "mark.json").model == "m"
+    for override, message in [
+        ("beta=" + "9" * 400, "beta: too large a number"),
+        ("seed=" + "9" * 5000, "seed: expected int"),
+        ("seed=" + "[" * 5000, "seed: expected int"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            load_config(GRPOConfig, write(MINIMAL), [override])
+    with pytest.raises(ConfigError, match=r"config.json: no such config file, or not valid JSON"):
+        load_config(GRPOConfig, write("[" * 5000))

@@ -194,3 +194,21 @@ def test_states_find_a_tag_when_it_is_complete():
 def test_texts_are_without_the_token_that_ends_the_turn():
     rows = [[b"A", b"<|im_end|>"], [b"A", b"<|endoftext|>"], [b"A", b"</answer>"], [b"cut", b" off"]]
     assert completion_texts(rows) == ["A", "A", "A</answer>", "cut off"]
+
+
+@pytest.mark.parametrize(
+    "tokens, text",
+    [
+        ([b"<answer>A", b"</answer", b"><"], "<answer>A</answer>"),  # sampling stopped here: stop_at_answer
+        ([b"<answer>A</answer", b">\n\n"], "<answer>A</answer>"),
+        ([b"<answer>A</answer>"], "<answer>A</answer>"),
+        ([b"<answer>A</answer><"], "<answer>A</answer>"),
+        ([b"<answer>\xc3", b"\xa9</answer", b">B"], "<answer>é</answer>"),
+        ([b"<answer>A</answer", b"><", b"<|im_end|>"], "<answer>A</answer><"),  # the model itself went on, and ended
+        ([b"<answer>A</answer", b">", b"<"], "<answer>A</answer><"),
+        ([b"</answer>", b"<answer>B</answer", b"><"], "</answer><answer>B</answer><"),
+        ([b"<|im_end|>"], ""),
+    ],
+)
+def test_a_text_that_was_stopped_at_its_answer_ends_with_the_tag(tokens, text):
+    assert completion_texts([tokens]) == [text]

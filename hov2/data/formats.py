@@ -74,7 +74,7 @@ def _humanomniv2(record: dict, root: Path, where: str) -> dict:
     converted = {key: value for key, value in record.items() if key != "video"}
     if isinstance(path, str):
         top = Path(path).parts[:1]
-        converted["path"] = str(Path(_unpacked_in(root, top), path))
+        converted["path"] = os.path.join(_unpacked_in(root, top), path)
     return converted
 
 

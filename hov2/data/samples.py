@@ -5,10 +5,8 @@
 """
 
 import functools
-import json
 import math
 import os
-import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,9 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hov2.answers import PROBLEM_TYPES, check_reference
-from hov2.config import Source
+from hov2.config import SLICE, Source
+from hov2.data.choices import with_letters
 from hov2.data.formats import CONVERTERS, DataError, convert, files_of, read_parquet
 from hov2.data.media import MediaError
+from hov2.data.records import check_local, check_values, read_records
 from hov2.distributed import rank, rank_zero_first
 from hov2.prompts import CHOICE_TYPES, SPECIAL_TOKEN
 
@@ -72,6 +72,9 @@ def read_samples(sources: Iterable[Source], seed: int = 0) -> list[Sample]:
     `on_bad_record: "skip"`, the slice's bad records are left out with a warning that counts them.
     """
     samples = []
+    sources = list(sources)
+    if not sources:
+        raise DataError("data: expected at least one data file, got none")
     for source in sources:
         kept, errors, count = read_slice(source, seed)
         if errors and source.on_bad_record == "error":
@@ -106,8 +109,8 @@ def read_slice(source: Source, seed: int = 0) -> tuple[list[Sample], list[DataEr
 def read_source(source: Source) -> list[Sample | DataError]:
     """Return every record of a `source`, uncut: a Sample, or the DataError that says what is wrong with it.
 
-    hov2's own files, and the published ones in JSON, are a list (.json) or one object a line (.jsonl), UTF-8. Raises
-    DataError for a file that can't be read as such.
+    hov2's own files, and the published ones in JSON, are a list or one object a line. Raises DataError for a file that
+    can't be read as such.
     """
     if source.format not in CONVERTERS:
         raise DataError(f"{source.path}: unknown format {source.format!r}; known: {', '.join(CONVERTERS)}")
@@ -132,7 +135,7 @@ def take_slice(items: Sequence, text: str, seed: int = 0) -> list:
     """
     if text == "all":
         return list(items)
-    match = re.fullmatch(r"(first|last|random):(?:(\d+)|(\d+(?:\.\d+)?)%)", text)
+    match = SLICE.fullmatch(text)
     if not match or (match[3] and Fraction(match[3]) > 100):
         raise DataError(f"slice {text!r}: expected all, first:N, last:N or random:N; N may be a percentage (50%)")
     where, number, percentage = match.groups()
@@ -148,41 +151,10 @@ def take_slice(items: Sequence, text: str, seed: int = 0) -> list:
     return [items[position] for position in sorted(drawn)]
 
 
-def read_records(path: str | Path) -> list[tuple[int, Any]]:
-    """Return (record number from 1, record) of a JSON list or of JSON lines; a line's number is that in the file.
-
-    For a line that is no JSON the record is a DataError. Raises DataError for a file that can't be read as such.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        hint = " (evaluate.py configs/filter_stageN.json writes it)" if "filter" in str(path) else ""
-        raise DataError(f"{path}: no such data file{hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: can't be read: {error}") from None
-    if str(path).endswith(".jsonl"):
-        records = []
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                records.append((number, tried(_parsed, line, f"{path}: record {number}")))
-        return records
-    records = _parsed(text, path)
-    if not isinstance(records, list):
-        raise DataError(f"{path}: expected a list of records (one object a line needs the ending .jsonl)")
-    return list(enumerate(records, 1))
-
-
-def _parsed(text: str, where: str | Path) -> Any:
-    """What the JSON `text` says; DataError if it isn't any."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not valid JSON: {error}") from None
-
-
 def _to_checked_sample(record: Any, format_name: str, number: int, path: str, root: Path) -> Sample:
     """Convert a published record; raises DataError, also for a solution that has no usable answer."""
     where = f"{path}: record {number}"
+    check_values(record, where)
     sample = to_sample(convert(format_name, record, root, where), number, path, root)
     try:
         check_reference(sample.solution, sample.problem_type, sample.options)
@@ -203,8 +175,6 @@ def to_sample(record: Any, number: int, path: str | Path, root: Path) -> Sample:
     if not isinstance(record, dict):
         raise DataError(f"{where}: expected an object, got {type(record).__name__}")
     texts = read_texts(record, where)
-    if texts.problem_type in CHOICE_TYPES and not texts.options:
-        raise DataError(f"{where}: options: {texts.problem_type!r} needs them")
     sample_id = record.get("id")
     if sample_id is None:
         sample_id = f"{Path(path).name}:{number}"
@@ -232,7 +202,7 @@ def text_field(record: dict, name: str, where: str) -> str:
 
 
 class Texts(NamedTuple):
-    """What a record says in words."""
+    """What a record says in words; the options of a choice have letters."""
 
     problem: str
     options: tuple[str, ...] | None
@@ -249,7 +219,7 @@ def read_texts(
     """Return the texts of a record whose problem, options and solution are in the fields `names`.
 
     `problem_type`: for records without such a field. Raises DataError prefixed with `where` for a text that is missing
-    or can't be one, or for an unknown type.
+    or can't be one, for an unknown type, and for a choice's answer that is none of its options.
     """
     problem_name, options_name, solution_name = names
     problem = text_field(record, problem_name, where)
@@ -265,6 +235,13 @@ def read_texts(
         special = SPECIAL_TOKEN.search(text)
         if special:
             raise DataError(f"{where}: {name}: {special[0]} has the form of a special token, no part of a text")
+    if problem_type in CHOICE_TYPES:
+        if not options:
+            raise DataError(f"{where}: {options_name}: {problem_type!r} needs them")
+        try:
+            options, solution = with_letters(options, solution, options_name)
+        except ValueError as error:
+            raise DataError(f"{where}: {solution_name}: {error}") from None
     return Texts(problem, tuple(options) or None, solution, problem_type)
 
 
@@ -293,7 +270,10 @@ def _paths(record: dict, where: str) -> tuple[str, dict[str, str]]:
         files = {data_type: path}
     if set(files) != set(kinds):
         raise DataError(f"{where}: path: expected {expected}, got {path!r}")
-    return data_type, {kind: text_field(files, kind, f"{where}: path") for kind in kinds}
+    paths = {kind: text_field(files, kind, f"{where}: path") for kind in kinds}
+    for file in paths.values():
+        check_local(file, f"{where}: path")
+    return data_type, paths
 
 
 def tried(function: Callable, *args: Any) -> Any:

@@ -2,7 +2,8 @@
 
 `checkpoint-N/` is the run after N steps:
 - the trained weights and the optimiser's state, sharded (torch.distributed.checkpoint), for any number of ranks;
-- `state.json`: the number of steps, the loader's position, the best held-out accuracy, the config;
+- `state.json`: the number of steps, the loader's position, the best held-out accuracy, the config, and digests of the
+  data files, so that a run never goes on with other records under the old numbers;
 - `SHA256SUMS`, written last, in the format of `sha256sum -c`.
 
 Nothing else is needed to go on exactly. Learning rate and KL weight follow from the step's number, random numbers from
@@ -17,6 +18,7 @@ from checkpoints you trust: torch keeps their table of contents (`.metadata`) as
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,11 +32,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from hov2.config import TrainConfig
+from hov2.data.formats import files_of
 from hov2.data.loader import StepLoader
 from hov2.distributed import PATIENCE, barrier, gather_objects, print0, rank, world_size
 
 UNFINISHED = ".unfinished"  # ending of what is being written
 SUMS = "SHA256SUMS"
+PARQUET_END = 2**20  # bytes
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
@@ -69,13 +73,15 @@ class Checkpoints:
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         weight_bytes = sum(parameter.numel() * parameter.element_size() for parameter in trained)
         self.size = 3 * weight_bytes  # with AdamW's two moments
+        self.data = gather_objects(digests_of_data(config) if rank() == 0 else {})[0]
 
     def resume(self) -> int:
         """Take up a checkpoint, as `config.resume` says, and return the number of steps done.
 
         With "auto" it is the newest one that is whole; newer ones that aren't are named and moved to `earlier-N`. With
         "never", or where there is no checkpoint, the run begins anew, and all that an earlier one left there is moved.
-        Raises CheckpointError where none of the checkpoints is whole, and for one that doesn't fit the model.
+        Raises CheckpointError where none of the checkpoints is whole, and for one that doesn't fit the model or whose
+        data files have changed since.
         """
         if rank() == 0:
             self._warn_if_full()
@@ -87,6 +93,7 @@ class Checkpoints:
         for number, folder in enumerate(found):
             problem = find_problem(folder)
             if problem is None:
+                self._check_data(folder)
                 return self._load(folder, damaged=found[:number])
             print0(f"warning: {folder} is passed over: {problem}")
         if found:
@@ -114,6 +121,7 @@ class Checkpoints:
             "loader": self.loader.state_dict(),
             "best": self.held_out.best,
             "config": dataclasses.asdict(self.config),
+            "data": self.data,
         }
         model, optim = get_state_dict(self.policy, self.optimizer, options=TRAINED)
         unfinished = self.folder / f"checkpoint-{steps_done}{UNFINISHED}"
@@ -179,6 +187,20 @@ class Checkpoints:
             shutil.rmtree(removed, ignore_errors=True)
         self._warn_if_full()
 
+    def _check_data(self, folder: Path) -> None:
+        """Raise CheckpointError for a data file that the config still names, and that isn't what the run began with."""
+        then = json.loads((folder / "state.json").read_text()).get("data", {})
+        changed = []
+        for path, digest in self.data.items():
+            if then.get(path, digest) != digest:
+                changed.append(path)
+        if changed:
+            raise CheckpointError(
+                f"{', '.join(changed)}: changed since {folder} was written, so that its records aren't the ones that "
+                "the run has begun with. Put the file back, begin anew with resume=never, or, to go on with other data "
+                "all the same, give the file another name"
+            )
+
     def _load(self, folder: Path, damaged: list[Path]) -> int:
         """Load weights and optimiser state in place, on any number of ranks; returns the number of steps done."""
         model, optim = get_state_dict(self.policy, self.optimizer, options=TRAINED)  # makes the state to load into
@@ -239,6 +261,24 @@ def find_problem(folder: Path) -> str | None:
     return problems[0] if problems else None
 
 
+def digests_of_data(config: TrainConfig) -> dict[str, str]:
+    """Return {data file: digest} of all data of a config, held-out questions too; clips are not looked at."""
+    digests = {}
+    for source in (*config.data, *config.eval_data):
+        for file in files_of(source.format, source.path):
+            digests[file] = _digest(file)
+    return digests
+
+
+def _digest(path: str) -> str:
+    """Return what tells a file's versions apart; of a parquet file, full of media, its end: the table of contents."""
+    with open(path, "rb") as file:
+        if path.endswith(".parquet"):
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - PARQUET_END))
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def sha256(path: str | Path) -> str:
     """The SHA-256 of a file, as hexadecimal text."""
     with open(path, "rb") as file:
@@ -274,7 +314,11 @@ def set_aside(output_dir: str | Path, patterns: Sequence[str] = ("checkpoint-*",
         found.extend(output_dir.glob(pattern))
     if not found:
         return
-    number = 1 + len(list(output_dir.glob("earlier-*")))
+    number = 1
+    for path in output_dir.glob("earlier-*"):
+        digits = path.name.removeprefix("earlier-")
+        if digits.isdigit():
+            number = max(number, int(digits) + 1)
     target = output_dir / f"earlier-{number}"
     target.mkdir()
     for path in found:

@@ -46,6 +46,7 @@ class Place(NamedTuple):
     phase: str
 
 
+_asked: list[str] = []  # why this rank wants the run to end
 _over = threading.Event()  # this rank has ended, or says by itself why it fails
 _place = Place(time.time(), 0, "start")
 
@@ -142,6 +143,11 @@ def out_of_time(elapsed: float, longest_step: float, max_hours: float | None) ->
     return max_hours is not None and elapsed + longest_step > 3600 * max_hours
 
 
+def ask_to_stop(reason: str) -> None:
+    """Have the loop save and end after the current step, as a signal to this rank would."""
+    _asked.append(reason)
+
+
 class Guard:
     """A training loop's guard.
 
@@ -174,7 +180,7 @@ class Guard:
         now = time.monotonic()
         self._longest_step = max(self._longest_step, now - self._step_began)
         self._step_began = now
-        own_reason = self._signal
+        own_reason = _asked[0] if _asked else self._signal
         if own_reason is None and out_of_time(now - BEGAN, self._longest_step, self.config.max_hours):
             own_reason = "max_hours"
         reasons = []

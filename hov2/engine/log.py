@@ -9,14 +9,14 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
 
 import torch
 from tqdm import tqdm
 
 from hov2.config import ConfigError, TrainConfig
+from hov2.distributed import WriteError, writing
 from hov2.engine import guard
 from hov2.rewards import REWARDS
 
@@ -52,7 +52,7 @@ class MetricsLog:
         self.trackers = []
         if self.writes:
             path = Path(output_dir) / "metrics.jsonl"
-            self._file = _open_from(path, start_step)
+            self._file = _Lines(path, start_step)
             for line in path.read_text(encoding="utf-8").splitlines():
                 self.history.append(json.loads(line))
             self.trackers = [_tracker(name, output_dir) for name in report_to]
@@ -62,7 +62,7 @@ class MetricsLog:
         if not self.writes:
             return
         metrics = _plain(metrics)
-        self._file.write(_line({"step": step, **metrics}))
+        self._file.write([{"step": step, **metrics}])
         self.history.append(metrics)
         numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
         for tracker in self.trackers:
@@ -71,8 +71,10 @@ class MetricsLog:
         self.bar.update(step + 1 - self.bar.n)
 
     def close(self) -> None:
-        """End the progress bar."""
+        """End the progress bar; raises WriteError for lines that could not be written."""
         self.bar.close()
+        if self.writes:
+            self._file.close()
 
 
 class RolloutDump:
@@ -85,14 +87,17 @@ class RolloutDump:
     def __init__(self, output_dir: str | Path, rank: int, start_step: int = 0) -> None:
         self._file = None
         if rank == 0:
-            self._file = _open_from(Path(output_dir) / "rollouts.jsonl", start_step)
+            self._file = _Lines(Path(output_dir) / "rollouts.jsonl", start_step)
 
     def write(self, records: list[dict]) -> None:
         """Append `records` (tensors in them become lists)."""
-        if self._file is None:
-            return
-        for record in records:
-            self._file.write(_line(_plain(record)))  # flushed at each line
+        if self._file is not None:
+            self._file.write([_plain(record) for record in records])
+
+    def close(self) -> None:
+        """Raise WriteError for records that could not be written."""
+        if self._file is not None:
+            self._file.close()
 
 
 class Timer:
@@ -157,21 +162,55 @@ def console_line(step: int, total_steps: int, metrics: dict[str, float]) -> str:
     return " | ".join(cells)
 
 
-def _open_from(path: Path, start_step: int) -> TextIO:
-    """`path` opened for appending (flushed at each line), cut off at the first line of `start_step` or later.
+class _Lines:
+    """A file of JSON lines, appended to; lines of `start_step` and later, and what follows them, are cut off.
 
-    A line that is no JSON is the end of a write that was cut off; it goes too.
+    A line that is no JSON is the end of a write that was cut off; it goes too. Where the disk is full, the file keeps
+    its whole lines, the others are kept here and tried again with the next ones, and the run is asked to stop.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
-    kept_bytes = 0
-    with path.open("rb") as old:
-        for line in old:
-            if _step(line) >= start_step:
-                break
-            kept_bytes += len(line)
-    os.truncate(path, kept_bytes)
-    return path.open("a", encoding="utf-8", buffering=1)
+
+    def __init__(self, path: Path, start_step: int) -> None:
+        self.path = path
+        self.waiting = b""  # lines that could not be written yet
+        self.size = 0  # of the whole lines in the file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(path):
+            self.file = path.open("ab", buffering=0)
+            with path.open("rb") as old:
+                for line in old:
+                    if _step(line) >= start_step:
+                        break
+                    self.size += len(line)
+            os.truncate(path, self.size)
+
+    def write(self, records: list[dict]) -> None:
+        """Append `records` at once."""
+        lines = "".join(_line(record) for record in records)
+        self.waiting += lines.encode()
+        try:
+            self._write_waiting()
+        except WriteError as error:
+            guard.ask_to_stop(str(error))
+
+    def close(self) -> None:
+        """Close the file; raises WriteError if there are lines that it lacks."""
+        self._write_waiting()
+        with writing(self.path):
+            self.file.close()
+
+    def _write_waiting(self) -> None:
+        """Write what waits, whole or not at all."""
+        rest = self.waiting
+        try:
+            with writing(self.path):
+                while rest:
+                    rest = rest[self.file.write(rest) :]
+        except WriteError:
+            with suppress(OSError):
+                os.truncate(self.path, self.size)
+            raise
+        self.size += len(self.waiting)
+        self.waiting = b""
 
 
 def _step(line: bytes) -> float:

@@ -16,7 +16,7 @@ from hov2.config_help import help_text
 from hov2.config_io import config_from_argv, save_config
 from hov2.data.formats import DataError
 from hov2.data.inputs import InputMaker
-from hov2.distributed import print0
+from hov2.distributed import WriteError, print0, writing
 from hov2.engine import guard
 from hov2.engine.checkpoint import CheckpointError
 from hov2.judge import Judge, JudgeError
@@ -26,7 +26,7 @@ from hov2.model.weights import ModelError
 from hov2.prompts import PromptsError, load_prompts
 
 # each says by itself what would be right
-USER_ERRORS = (CheckpointError, ConfigError, DataError, JudgeError, ModelError, PromptsError)
+USER_ERRORS = (CheckpointError, ConfigError, DataError, JudgeError, ModelError, PromptsError, WriteError)
 
 
 @dataclass
@@ -46,15 +46,17 @@ def start(config: BaseConfig, device: torch.device, trained: bool = True) -> Run
     """Load everything that `config` names, check that its judge can be reached, and write the resolved config.
 
     `device` is from `distributed.setup`; `trained` as for `load_policy`. Raises the parts' own errors: ModelError,
-    JudgeError, PromptsError.
+    JudgeError, PromptsError; and ConfigError for a step that the processes can't share evenly.
     """
+    check_shares(config, distributed.world_size())
     guard.watch(config.hang_minutes)
     prompts = load_prompts(config.prompts)
     judge = Judge(config.judge, prompts) if config.judge else None
     if judge:
         judge.check()
     if distributed.rank() == 0:
-        save_config(config, config.output_dir)
+        with writing(f"{config.output_dir}/config.json"):
+            save_config(config, config.output_dir)
     tokenizer = load_tokenizer(config.model)
     policy = load_policy(config, device, trained)
     encoder = Encoder(policy.thinker, device, config.encoding_cache)
@@ -83,6 +85,16 @@ def command(main: Callable[[BaseConfig], None], config_class: type[BaseConfig], 
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)  # without waiting for requests to the judge that are still in flight: the other ranks wait for this one
+
+
+def check_shares(config: BaseConfig, processes: int) -> None:
+    """Raise ConfigError for a step that so many processes can't share evenly."""
+    for key in ("prompts_per_step", "samples_per_step"):
+        per_step = getattr(config, key, processes)
+        if per_step % processes:
+            raise ConfigError(
+                f"{key}: {per_step} can't be shared evenly by {processes} processes; expected a multiple of {processes}"
+            )
 
 
 def report_derived(

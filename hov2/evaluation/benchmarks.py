@@ -9,16 +9,15 @@ out and counted.
 import json
 import os
 import re
-import string
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hov2.answers import check_reference
 from hov2.data.formats import DataError
+from hov2.data.records import check_local, check_values, read_json, read_records
 from hov2.data.samples import Sample, read_texts, text_field
 from hov2.evaluation.results import mean, table
-from hov2.prompts import CHOICE_TYPES
 
 # By benchmark. "columns" are [breakdown, label, number of questions] by column of the paper's table; "rows" have their
 # accuracies in %, Avg last, printed with "digits"; "breakdowns" are [field of a record, labels that come first beside
@@ -122,23 +121,26 @@ NO_EXTRA = ("solution", "problem_type", "data_type", "video", "path", "video_cap
 def _records(name: str, path: Path) -> Iterator[tuple[str, int | str, dict]]:
     """Yield (where it is, its number or video, record) of each record in a benchmark's file."""
     kind = LAYOUTS[name].kind
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # broken JSON or not UTF-8
-        raise DataError(f"{path}: not valid JSON: {error}") from None
-    except OSError as error:
-        raise DataError(f"{path}: can't be read: {error.strerror}; {name} is published with that file") from None
-    if not isinstance(content, kind) or not content:
-        expected = "a list of records" if kind is list else "an object of videos"
-        raise DataError(f"{path}: expected {expected}, not empty")
+    if not path.is_file():
+        raise DataError(f"{path}: can't be read: no such file; {name} is published with that file")
     if kind is list:
-        for number, record in enumerate(content, 1):
-            where = f"{path}: record {number}"
-            yield where, number, _object(record, where)
+        expected = "a list of records"
+        content = [(f"record {number}", number, record) for number, record in read_records(path)]
     else:
-        for video, record in content.items():
-            where = f"{path}: video {video}"
-            yield where, video, _object(record, where)
+        expected = "an object of videos"
+        videos = read_json(path)
+        if not isinstance(videos, dict):
+            raise DataError(f"{path}: expected {expected}, got {type(videos).__name__}")
+        content = [(f"video {video}", video, record) for video, record in videos.items()]
+    if not content:
+        raise DataError(f"{path}: expected {expected}, not empty")
+    for place, key, record in content:
+        if isinstance(record, DataError):
+            raise record
+        check_values(key, str(path))
+        where = f"{path}: {place}"
+        check_values(record, where)
+        yield where, key, _object(record, where)
 
 
 def _object(value: object, where: str) -> dict:
@@ -154,33 +156,22 @@ def _sample(question: _Question, own_id: str, problem_type: str | None, path: Pa
     problem, options, answer, problem_type = read_texts(question.record, where, fields, problem_type)
     solution = answer if "<answer>" in answer else f"<answer>{answer}</answer>"
     try:
-        right = check_reference(solution, problem_type)
+        check_reference(solution, problem_type)
     except ValueError as error:
         raise DataError(f"{where}: {fields[2]}: {error}") from None
-    if problem_type in CHOICE_TYPES:
-        letters = string.ascii_uppercase
-        options = tuple(_labelled(option, letter) for option, letter in zip(options or (), letters))
-        if not right <= set(letters[: len(options)]):
-            raise DataError(f"{where}: {fields[2]}: {answer!r} is none of the {len(options)} in {fields[1]!r}")
+    check_local(question.clip, f"{where}: path")
     left_out = (*fields, *NO_EXTRA)
     return Sample(
         id=own_id,
         problem=problem,
         problem_type=problem_type,
-        options=options or None,
+        options=options,
         solution=solution,
         data_type="video",
         source=str(path),
         extra={field: value for field, value in question.record.items() if field not in left_out},
         paths={"video": _find(path.parent, [place.format(question.clip) for place in places])},
     )
-
-
-def _labelled(option: str, letter: str) -> str:
-    """Return the option with its letter before it: "B. joke"; as it is if it has one ("B.joke", "(B) joke")."""
-    if re.match(rf"\s*\(?{letter}\s*[.:)]", option):
-        return option
-    return f"{letter}. {option}"
 
 
 def _find(root: Path, names: list[str]) -> str:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from hov2.answers import answer_text, parse_answer, untagged_answer
 from hov2.data.media import MediaError
 from hov2.data.samples import Sample, SkipSample, read_samples
-from hov2.distributed import compute_dtype, gather_objects, print0, rank, store, unsharded, world_size
+from hov2.distributed import WriteError, compute_dtype, gather_objects, print0, rank, store, unsharded, world_size
 from hov2.engine.guard import heartbeat
 from hov2.engine.setup import Run
 from hov2.evaluation.journal import Journal, longest_first
@@ -191,9 +191,12 @@ class HeldOut:
         summary, _ = self.evaluator.evaluate(self.samples)
         accuracy = summary["accuracy"]
         if accuracy is not None and (self.best is None or accuracy > self.best):
-            self.best = accuracy
             dtype = compute_dtype(config.dtype, self.run.device)
-            export(self.run.policy, f"{config.output_dir}/best", config.model, dtype)
+            try:
+                export(self.run.policy, f"{config.output_dir}/best", config.model, dtype)
+                self.best = accuracy
+            except WriteError as error:
+                print0(f"warning: {error}; the run goes on, with the best policy before this one")
         if self.run.judge is not None:
             self.run.judge.take_replies()  # these requests are none of the next step's
         return {f"eval/{name}": summary[name] for name in ("accuracy", "format", "context", "unreadable")}

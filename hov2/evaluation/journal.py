@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hov2.config import ConfigError
 from hov2.data.samples import Sample
-from hov2.distributed import atomic_write, gather_objects, rank
+from hov2.distributed import atomic_write, gather_objects, rank, writing
 from hov2.engine.checkpoint import set_aside
 from hov2.evaluation.results import differing
 
@@ -86,7 +86,7 @@ class Journal:
     def append(self, records: dict[int, dict]) -> None:
         """Write {index: record} to this rank's file, at once."""
         lines = [json.dumps({"index": index, "record": record}) for index, record in records.items()]
-        with open(self.path, "a", encoding="utf-8") as file:
+        with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write("\n" + "\n".join(lines))  # the line before may have been cut short by a kill
 
 

@@ -19,7 +19,7 @@ from hov2.distributed import compute_dtype, make_mesh, rank_zero_first, shard
 from hov2.model.attention import use_own_parts
 from hov2.model.lora import LoRALinear, add_lora
 from hov2.model.versions import checkpoint_activations, decoder_of, media_model_of
-from hov2.model.weights import ModelError, fetch, read_weights
+from hov2.model.weights import ModelError, fetch, heads_differ, read_weights
 
 
 class Policy(nn.Module):
@@ -50,7 +50,7 @@ def load_thinker(name: str, dtype: torch.dtype) -> Thinker:
 
     Raises ModelError for a name that is neither a folder nor reachable, and for weights that don't fit.
     """
-    thinker = design(name, dtype)
+    thinker = design(name, dtype, own_head=has_own_head(name))
     _materialise(Policy(thinker), name, torch.device("cpu"))
     return thinker
 
@@ -65,7 +65,7 @@ def load_policy(
     ConfigError for adapters on layers that there are not.
     """
     dtype = compute_dtype(config.dtype, device)
-    thinker = design(config.model, dtype, towers)
+    thinker = design(config.model, dtype, towers, has_own_head(config.model))
     if not trained:
         thinker.requires_grad_(False)
     elif config.lora:
@@ -89,16 +89,34 @@ def load_reference(config: GRPOConfig, device: torch.device, policy: Policy) -> 
     return policy if config.lora else load_policy(config, device, trained=False, towers=False)
 
 
-def design(name: str, dtype: torch.dtype, towers: bool = True) -> Thinker:
+def has_own_head(name: str) -> bool:
+    """Whether the files of `name` have an lm_head of its own though its config ties it to the embeddings.
+
+    As in transformers, the files then have the last word. Raises ModelError as `load_thinker` does.
+    """
+    config = _read(AutoConfig, name)
+    config = getattr(config, "thinker_config", config)
+    if not getattr(config, "tie_word_embeddings", False):
+        return False
+    try:
+        return heads_differ(fetch(name))
+    except (OSError, SafetensorError) as error:
+        raise ModelError(_explain(name)) from error
+
+
+def design(name: str, dtype: torch.dtype, towers: bool = True, own_head: bool = False) -> Thinker:
     """Return the thinker that `name` describes on the meta device: names, shapes and types, no memory; towers frozen.
 
-    Raises ModelError for a name that is neither a folder nor reachable, and for another kind of model.
+    With `own_head` the lm_head is a weight of its own, whatever the config says. Raises ModelError for a name that is neither a folder nor reachable, and for another kind of model.
     """
     config = _read(AutoConfig, name)
     if config.model_type not in ("qwen2_5_omni", "qwen2_5_omni_thinker"):
         raise ModelError(f"{name}: a model of the type {config.model_type!r}; expected a Qwen2.5-Omni or its thinker")
+    config = getattr(config, "thinker_config", config)
+    if own_head:
+        config.tie_word_embeddings = False
     with torch.device("meta"):
-        thinker = Thinker(getattr(config, "thinker_config", config)).eval()
+        thinker = Thinker(config).eval()
     thinker.tie_weights()
     use_own_parts(thinker)
     if not towers:

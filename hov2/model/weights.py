@@ -7,21 +7,27 @@ or in several with an index.
 
 import json
 import math
-import os
 import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.utils import cached_file
 
-from hov2.distributed import barrier, rank, rank_zero_first
+from hov2.distributed import WriteError, gather_objects, rank, rank_zero_first
 
 INDEX = "model.safetensors.index.json"
 INSIDE = ("model.language_model.", "model.visual.", "model.audio_tower.")  # how the thinker names its own parts
+HEAD, EMBEDDINGS = "lm_head.weight", "model.language_model.embed_tokens.weight"  # which may be one and the same
+ROWS = 4096  # of large tensors that are compared, at a time
+WEIGHTS = (".safetensors", ".bin", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".distcp")  # endings
+LARGEST_COPY = 100 * 2**20  # bytes of a file, or of a subfolder, that is copied into an export
 TYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}  # safetensors' words for them
 
 
@@ -73,11 +79,9 @@ def read_weights(parameters: dict[str, Tensor], folder: Path) -> None:
     Raises ModelError for weights that are missing or have another shape; SafetensorError for a broken file.
     """
     parameters = {thinker_name(name): parameter for name, parameter in parameters.items()}
-    slices = {}
-    for path in _files(folder):
-        file = safe_open(path, framework="pt")
-        for key in file.keys():  # noqa: SIM118, no dict
-            slices[thinker_name(key)] = file.get_slice(key)
+    slices = _slices(folder)
+    if HEAD not in parameters and HEAD in slices:  # tied: the one stands for the other
+        slices.setdefault(EMBEDDINGS, slices[HEAD])
     unusable = []
     for name, parameter in parameters.items():
         if name not in slices or tuple(slices[name].get_shape()) != tuple(parameter.shape):
@@ -87,6 +91,30 @@ def read_weights(parameters: dict[str, Tensor], folder: Path) -> None:
         raise ModelError(f"{folder}: {len(unusable)} of the thinker's weights are missing or misshapen: {first}, ...")
     for name, parameter in parameters.items():
         fill(parameter, slices[name])
+
+
+def heads_differ(folder: Path) -> bool:
+    """Whether the folder's files have both an lm_head and embeddings, and these aren't the same numbers."""
+    slices = _slices(folder)
+    head, embeddings = slices.get(HEAD), slices.get(EMBEDDINGS)
+    if head is None or embeddings is None:
+        return False
+    if head.get_shape() != embeddings.get_shape():
+        return True
+    for first in range(0, head.get_shape()[0], ROWS):
+        if not torch.equal(head[first : first + ROWS], embeddings[first : first + ROWS]):
+            return True
+    return False
+
+
+def _slices(folder: Path) -> dict[str, Any]:
+    """Return {name in the thinker: what gives a tensor's rows} of all of a folder's weights."""
+    slices = {}
+    for path in _files(folder):
+        file = safe_open(path, framework="pt")
+        for key in file.keys():  # noqa: SIM118, no dict
+            slices[thinker_name(key)] = file.get_slice(key)
+    return slices
 
 
 @torch.no_grad()
@@ -117,36 +145,127 @@ def export(policy: nn.Module, folder: str | Path, name: str, dtype: torch.dtype)
 
     `name` is the model that the run began with: its files are written anew, a thinker's as a thinker's and those of a
     full Qwen2.5-Omni with its talker and vocoder, the thinker's tensors as `dtype`. Tokenizer and other small files are
-    copied. All ranks call it, and gather one tensor at a time; rank 0 writes. A module with a `merged_weight` (LoRA)
-    says itself what its weight has become.
+    copied, subfolders too. All ranks call it, and gather one tensor at a time; rank 0 writes. A module with a `merged_weight` (LoRA)
+    says itself what its weight has become. Raises WriteError, on all ranks, where the disk is full.
     """
     folder = Path(folder)
     source = source_folder(name)
     unfinished = folder.with_name(f"{folder.name}.unfinished")
-    if rank() == 0:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
+    output = _Output(unfinished)
+    output.tried(_empty_folder, unfinished)
     names = {}  # of the thinker's parameters, both of tied weights: as files have them, to as this transformers does
     for parameter_name, _ in policy.thinker.named_parameters(remove_duplicate=False):
         names[thinker_name(parameter_name)] = parameter_name
+    sizes = {}  # bytes of each file's tensors
     for path in _files(source):
-        _write_like(path, unfinished / path.name, policy.thinker, names, dtype)
-    if rank() == 0:
-        _copy_small_files(source, unfinished, dtype)
-        shutil.rmtree(folder, ignore_errors=True)  # only now: it may be the very folder that the run began with
-        unfinished.rename(folder)
-    barrier()
+        sizes[path.name] = _write_like(path, output, policy.thinker, names, dtype)
+    output.tried(_copy_small_files, source, unfinished, policy.thinker, dtype)
+    output.tried(_write_index, source, unfinished, sizes)
+    output.tried(_put_in_place, unfinished, folder)  # only now: it may be the very folder that the run began with
+    problem = gather_objects(output.problem)[0]
+    if problem:
+        raise WriteError(f"{folder}: can't be written: {problem}")
 
 
-def _copy_small_files(source: Path, target: Path, dtype: torch.dtype) -> None:
-    """Copy all but the weights from one model's folder to another; the config of a thinker then names `dtype`."""
-    for path in source.iterdir():
-        if path.is_file() and not path.name.endswith((".safetensors", ".bin", ".bin.index.json")):
-            shutil.copy(path, target / path.name)
-    config = json.loads((source / "config.json").read_text())
-    if config["model_type"] != "qwen2_5_omni":  # there it speaks of the other parts too
+class _Output:
+    """What rank 0 writes. After the first error it writes no more: it has to go on gathering with the other ranks."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.file = None  # that is being written
+        self.problem = None  # why it can't be
+
+    def tried(self, work: Callable, *args: Any) -> None:
+        """Call `work(*args)`; nothing is done on other ranks and after an error."""
+        if rank() or self.problem:
+            return
+        try:
+            work(*args)
+        except OSError as error:
+            self.problem = error.strerror or str(error)
+            with suppress(OSError):
+                if self.file:
+                    self.file.close()
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def open(self, name: str) -> None:
+        """Begin the file `name`."""
+        self.tried(self._open, name)
+
+    def write(self, content: bytes | np.ndarray) -> None:
+        """Go on with the file."""
+        self.tried(lambda: self.file.write(content))
+
+    def close(self) -> None:
+        """End the file."""
+        self.tried(lambda: self.file.close())
+
+    def _open(self, name: str) -> None:
+        self.file = open(self.folder / name, "wb")  # noqa: SIM115, `close` closes it
+
+
+def _empty_folder(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _put_in_place(unfinished: Path, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+
+
+def _copy_small_files(source: Path, target: Path, thinker: nn.Module, dtype: torch.dtype) -> None:
+    """Copy all but the weights from one model's folder to another; a thinker's config then names `dtype`.
+
+    The config also says so where the head isn't tied to the embeddings.
+    """
+    for path in _small_files(source):
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    of_thinker = config
+    if config["model_type"] == "qwen2_5_omni":  # it speaks of the other parts too
+        of_thinker = config["thinker_config"]
+    else:
         config["dtype"] = str(dtype).removeprefix("torch.")
-        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if thinker.lm_head.weight is not thinker.get_input_embeddings().weight:
+        of_thinker["tie_word_embeddings"] = False
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _small_files(folder: Path) -> list[Path]:
+    """Return what is in a model's folder beside its weights, its subfolders' files too.
+
+    Left out are hidden files, logs, subfolders with weights or checkpoints in them, which are other models and runs,
+    and what is too large to be a part of a model, which is said.
+    """
+    files = []
+    for path in sorted(folder.iterdir()):
+        inside = [path]
+        if path.is_dir():
+            inside = [file for file in path.rglob("*") if file.is_file()]
+            if path.name.startswith(("checkpoint-", "earlier-")) or any(_is_weights(file) for file in inside):
+                continue
+        if path.name.startswith(".") or _is_weights(path) or path.suffix == ".jsonl":
+            continue
+        if sum(file.stat().st_size for file in inside) > LARGEST_COPY:
+            print(f"{path}: not copied to the exported model, larger than {LARGEST_COPY:,} bytes", flush=True)
+        else:
+            files += inside
+    return files
+
+
+def _is_weights(path: Path) -> bool:
+    return path.name.endswith((*WEIGHTS, ".bin.index.json"))
+
+
+def _write_index(source: Path, target: Path, sizes: dict[str, int]) -> None:
+    """Write the index of weights in several files, with their new size; nothing for a model in one file."""
+    if (source / INDEX).exists():
+        index = json.loads((source / INDEX).read_text(encoding="utf-8"))
+        index["metadata"] = index.get("metadata", {}) | {"total_size": sum(sizes.values())}
+        (target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _exported(thinker: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
@@ -158,30 +277,34 @@ def _exported(thinker: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
     return whole(getattr(module, leaf).detach().to(dtype))
 
 
-def _write_like(path: Path, target: Path, thinker: nn.Module, names: dict[str, str], dtype: torch.dtype) -> None:
-    """Write the safetensors file `path` anew to `target`, with the thinker's own tensors for `names`, as `dtype`.
+def _write_like(path: Path, output: _Output, thinker: nn.Module, names: dict[str, str], dtype: torch.dtype) -> int:
+    """Write the safetensors file `path` anew, with the thinker's own tensors for `names`, as `dtype`.
 
-    names: {as `thinker_name` gives it: the parameter's name in this version of transformers}.
+    names: {as `thinker_name` gives it: the parameter's name in this version of transformers}. Returns the bytes of all
+    tensors.
 
     The format: the header's length in 8 bytes, the header as JSON, then the tensors' bytes one after the other; those
     of larger types first, so that each starts at a multiple of its type's size.
     """
-    with open(path, "rb") as old, open(target if rank() == 0 else os.devnull, "wb") as new:
+    with open(path, "rb") as old:
         old_start = 8 + int.from_bytes(old.read(8), "little")  # of the tensors
         old_header = json.loads(old.read(old_start - 8))
         old_header.pop("__metadata__", None)
         header = _new_header(old_header, names, dtype)
         text = json.dumps({"__metadata__": {"format": "pt"}} | header).encode()
         text += b" " * (-len(text) % 8)
-        new.write(len(text).to_bytes(8, "little") + text)
+        output.open(path.name)
+        output.write(len(text).to_bytes(8, "little") + text)
         for key in header:
             if thinker_name(key) in names:
                 tensor = _exported(thinker, names[thinker_name(key)], dtype)
-                new.write(tensor.cpu().contiguous().view(torch.uint8).numpy())
+                output.write(tensor.cpu().contiguous().view(torch.uint8).numpy())
             else:
                 begin, end = old_header[key]["data_offsets"]
                 old.seek(old_start + begin)
-                new.write(old.read(end - begin))
+                output.write(old.read(end - begin))
+        output.close()
+    return max(entry["data_offsets"][1] for entry in header.values())
 
 
 def _new_header(old_header: dict[str, dict], names: dict[str, str], dtype: torch.dtype) -> dict[str, dict]:

@@ -10,7 +10,9 @@ from typing import Any, TextIO
 from urllib.parse import urlsplit
 
 from hov2.config import EvalConfig, GRPOConfig, SFTConfig
+from hov2.distributed import world_size
 from hov2.engine.checkpoint import set_aside
+from hov2.engine.setup import check_shares
 from hov2.evaluation.results import mean
 from hov2.toy.rule_judge import RuleJudge
 from hov2.toy.world import CONFIGS, MAIN_TYPES, QUESTIONS, ROOT, WORLD, build_world
@@ -19,8 +21,9 @@ STEPS = ("stage1", "filter_stage2", "stage2", "filter_stage3", "stage3", "eval")
 SCRIPTS = {"stage1": "train_sft.py", "stage2": "train_grpo.py", "stage3": "train_grpo.py"}  # evaluate.py for the others
 FILTERED = {"stage2": ROOT / "filter_stage2/kept.jsonl", "stage3": ROOT / "filter_stage3/kept.jsonl"}
 SUMMARY = ROOT / "summary.json"
-# What `python -m hov2.toy` writes in ROOT. All else there is somebody's own; evaluations are in the stages' folders.
-WRITTEN = (WORLD.name, *STEPS[:-1], SUMMARY.name)
+# What `python -m hov2.toy` writes in ROOT, and what configs/toy/eval*.json write there about its model, as patterns. All
+# else there is somebody's own.
+WRITTEN = (WORLD.name, *STEPS[:-1], "eval", "eval_*", SUMMARY.name)
 EVAL_FILES = [WORLD / "eval.json", WORLD / "swapped_sound.json", WORLD / "swapped_picture.json"]
 PROCESSES = 2
 SCORES = ("accuracy", "format", "context")
@@ -50,6 +53,7 @@ def prepare(config: SFTConfig | GRPOConfig | EvalConfig) -> None:
         read.append(Path(benchmark_root))
     if not any(path.is_relative_to(ROOT) for path in read):
         return
+    check_shares(config, world_size())  # before minutes go into an earlier stage
 
     if not (WORLD / "world.json").exists():
         print(f"the toy's world is not there: building it in {WORLD}", flush=True)
@@ -77,7 +81,10 @@ def _answers(url: str) -> bool:
 
 
 def set_earlier_run_aside() -> None:
-    """Move what an earlier `python -m hov2.toy` wrote to ROOT/earlier-N; leave all else in ROOT where it is."""
+    """Move what an earlier `python -m hov2.toy` wrote, and evaluations of its model, to ROOT/earlier-N.
+
+    All else in ROOT stays where it is.
+    """
     set_aside(ROOT, WRITTEN)
 
 

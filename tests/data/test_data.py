@@ -2,10 +2,12 @@
 
 import json
 import pickle
+import re
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -16,7 +18,7 @@ import pytest
 import torch
 from transformers.models.qwen2_5_omni.processing_qwen2_5_omni import Qwen2_5OmniProcessor
 
-from hov2.config import MediaConfig, Source
+from hov2.config import ConfigError, MediaConfig, Source
 from hov2.data import inputs as inputs_module
 from hov2.data.formats import DataError
 from hov2.data.inputs import InputMaker, MediaShape, encode_solution, interleave
@@ -147,6 +149,159 @@ def test_bad_files(tmp_path):
         read_samples([Source(str(tmp_path / "latin.json"))])
     with pytest.raises(DataError, match="unknown format 'parquet'; known: hov2"):
         read_samples([Source("x", format="parquet")])
+
+
+# ---- what files hold that others wrote ----
+
+
+def read_or_refusal(path, **entry):
+    """The samples of a data file, or the words of its DataError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that bad records are left out
+            return read_samples([Source(str(path), **entry)])
+    except DataError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    "change, field",
+    [
+        ({"problem": "Why \ud83d"}, "problem"),
+        ({"options": ["A. joke \udc00", "B. threat"]}, "options"),
+        ({"solution": "<answer>A</answer>\ud83d"}, "solution"),
+        ({"path": "a\udce9.mp4"}, "path"),
+        ({"data_type": "image_audio", "path": {"image": "a.png", "audio": "\ud83d.wav"}}, "path"),
+        ({"id": "\ud83d"}, "id"),
+        ({"Type": {"fine": ["\ud83d"]}}, "Type"),
+    ],
+)
+@pytest.mark.parametrize("name", ["x.json", "x.jsonl"])
+def test_half_a_surrogate_pair_is_named(tmp_path, change, field, name):
+    path = write(tmp_path, [RECORD, {**RECORD, **change}, RECORD], name)
+    assert re.match(rf"{path}: record \d: {field}: '\\ud[8c]..' is half of a surrogate pair", read_or_refusal(path))
+    assert len(read_or_refusal(path, on_bad_record="skip")) == 2
+    whole = write(tmp_path, [{**RECORD, "problem": "Why \U0001f600"}], name)  # a pair is a character
+    assert read_or_refusal(whole)[0].problem == "Why \U0001f600"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("name", ["x.json", "x.jsonl"])
+def test_files_with_a_byte_order_mark_are_read(tmp_path, encoding, name):
+    text = Path(write(tmp_path, [{**RECORD, "problem": "é?"}], name)).read_text(encoding="utf-8")
+    (tmp_path / name).write_text(text, encoding=encoding)
+    assert [sample.problem for sample in read_or_refusal(tmp_path / name)] == ["é?"]
+
+
+def test_lists_and_lines_are_read_whatever_the_file_is_called(tmp_path):
+    lines = "".join(json.dumps(RECORD) + "\n" for _ in range(3))
+    for name, text in [
+        ("x.json", lines),
+        ("x.json", "\r\n" + lines.replace("\n", "\r\n")),
+        ("x.jsonl", json.dumps([RECORD] * 3)),
+        ("x.jsonl", json.dumps([RECORD] * 3, indent=2)),
+    ]:
+        assert len(read_or_refusal(write(tmp_path, text, name))) == 3
+    message = read_or_refusal(write(tmp_path, json.dumps({"data": [RECORD]})))
+    assert message.endswith("expected a list of records, or one object a line; got dict")
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        ('{"problem": "]}\\"", "x": tru}', "not valid JSON"),
+        ("[" * 5000 + "]" * 5000, "too deep to be read"),
+        (json.dumps(RECORD)[:-1] + ', "x": ' + "[" * 200 + "]" * 200 + "}", "x: more than 100 lists or objects"),
+        ('{"problem": "\xff"}', "problem: '.udcff' is .* a byte that is not UTF-8, and can't be read"),
+        ("3", "expected an object, got int"),
+    ],
+)
+@pytest.mark.parametrize("layout", ["list", "lines"])
+def test_a_record_that_cannot_be_read_costs_no_other(tmp_path, bad, message, layout):
+    good = json.dumps(RECORD)
+    text = f"[{good},\n{bad},{good} ]\n" if layout == "list" else f"{good}\n{bad}\n{good}\n"
+    for name in ("x.json", "x.jsonl"):
+        (tmp_path / name).write_bytes(text.encode("latin-1"))
+        assert re.match(f"{tmp_path / name}: record 2: .*{message}", read_or_refusal(tmp_path / name))
+        assert len(read_or_refusal(tmp_path / name, on_bad_record="skip")) == 2
+
+
+def test_a_file_that_was_cut_off_is_one_error_also_where_bad_records_are_skipped(tmp_path):
+    path = write(tmp_path, json.dumps([RECORD, RECORD])[:-20])
+    assert "x.json: not valid JSON: " in read_or_refusal(path, on_bad_record="skip").replace("train", "x")
+
+
+def test_a_number_of_5000_digits_is_its_digits(tmp_path):
+    path = write(tmp_path, json.dumps({**RECORD, "id": 0, "size": 1}).replace("0", "7" * 5000, 1), "x.jsonl")
+    (sample,) = read_or_refusal(path)
+    assert sample.id == "7" * 5000 and sample.extra == {"size": 1}
+
+
+@pytest.mark.parametrize(
+    "url", ["https://x.org/a.mp4", "HTTP://x.org/a.mp4", "s3://b/a.mp4", "file:///a.mp4", "data:video/mp4;base64,AA"]
+)
+def test_a_url_is_no_path(tmp_path, url):
+    for record, name in [({**RECORD, "path": url}, "hov2"), ({**RECORD, "path": url, "video": url}, "humanomniv2")]:
+        path = write(tmp_path, [record])
+        message = read_or_refusal(path, format=name)
+        assert message.startswith(f"{path}: record 1: path: {url!r} is a URL; only local files are read")
+    both = {**RECORD, "data_type": "image_audio", "path": {"image": "a.png", "audio": url}}
+    assert "is a URL" in read_or_refusal(write(tmp_path, [both]))
+    colon = {**RECORD, "path": "clips/10:30.mp4"}
+    assert read_or_refusal(write(tmp_path, [colon]))[0].paths == {"video": str(tmp_path / "clips/10:30.mp4")}
+    for entry in ({"path": url}, {"path": "a.json", "media_root": url}):
+        with pytest.raises(ConfigError, match="is a URL; only local files are read"):
+            Source(**entry)
+
+
+# ---- options ----
+
+
+@pytest.mark.parametrize(
+    "options, answer, labelled, right",
+    [
+        (["joke", "threat"], "B", ["A. joke", "B. threat"], "B"),
+        (["Vitamin A", "Vitamin C"], "Vitamin C", ["A. Vitamin A", "B. Vitamin C"], "B"),
+        (["A. Vitamin A", "B. Vitamin C"], "vitamin c.", ["A. Vitamin A", "B. Vitamin C"], "B"),
+        (["A.joke", "(B) threat"], "b", ["A.joke", "(B) threat"], "b"),
+        (["a) joke", "threat"], "A", ["a) joke", "B. threat"], "A"),
+        (["A man walks", "A dog"], "A dog", ["A. A man walks", "B. A dog"], "B"),
+        (["C", "A", "B"], "A", ["A. C", "B. A", "C. B"], "B"),  # the options' words go before letters,
+        (["A. C", "B. A", "C. B"], "A", ["A. C", "B. A", "C. B"], "A"),  # but not before those that are written there
+        (["B. threat", "A. joke"], "A", ["B. threat", "A. joke"], "A"),
+        (["A. yes", "B. yes"], "B. yes", ["A. yes", "B. yes"], "B"),
+        (["2", "3"], "3", ["A. 2", "B. 3"], "B"),
+        (["A. joke", "B. threat"], "The answer is B", ["A. joke", "B. threat"], "The answer is B"),
+    ],
+)
+def test_options_get_letters_and_answers_are_letters(tmp_path, options, answer, labelled, right):
+    for before, after in (("", ""), ("<think>t</think><answer>", "</answer>")):
+        record = {**RECORD, "options": options, "solution": f"{before}{answer}{after}"}
+        (sample,) = read_or_refusal(write(tmp_path, [record]))
+        assert sample.options == tuple(labelled) and sample.solution == f"{before}{right}{after}"
+
+
+def test_several_answers_in_the_options_own_words(tmp_path):
+    record = {**RECORD, "problem_type": "emer_ov_mc", "options": ["Happy", "Sad, low", "Calm"]}
+    for answer, letters in [("Calm, Happy", "A,C"), ("Sad, low", "B"), ("happy and calm", "A,C"), ("A,B", "A,B")]:
+        (sample,) = read_or_refusal(write(tmp_path, [{**record, "solution": answer}]))
+        assert sample.solution == letters
+
+
+@pytest.mark.parametrize(
+    "options, answer, message",
+    [
+        (["joke", "threat"], "C", "'C' is none of the 2 in 'options'"),
+        (["A. joke", "B. threat"], "A,C", "'A,C' is none of the 2"),
+        (["Vitamin A", "Vitamin B", "Vitamin K", "zinc"], "Vitamin D", "'Vitamin D' is none of the 4"),
+        (["yes", "yes"], "yes", "'yes' is several of the options"),
+        (["A. joke", "B. threat"], "B. joke", "'B. joke' has the letter of one option and the words of another"),
+        (["x"] * 27, "A", "27 options, and 26 letters for them"),
+    ],
+)
+def test_an_answer_that_is_none_of_the_options_is_refused(tmp_path, options, answer, message):
+    path = write(tmp_path, [{**RECORD, "options": options, "solution": f"<answer>{answer}</answer>"}])
+    assert read_or_refusal(path).startswith(f"{path}: record 1: solution: {message}")
 
 
 # ---- slices ----

@@ -10,8 +10,15 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from hov2 import distributed
-from hov2.config import SFTConfig
-from hov2.engine.checkpoint import CheckpointError, Checkpoints, finished_checkpoints, set_aside, surplus
+from hov2.config import SFTConfig, Source
+from hov2.engine.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    digests_of_data,
+    finished_checkpoints,
+    set_aside,
+    surplus,
+)
 
 
 def test_an_earlier_run_is_set_aside(tmp_path):
@@ -21,6 +28,14 @@ def test_an_earlier_run_is_set_aside(tmp_path):
     assert (tmp_path / "earlier-1" / "metrics.jsonl").read_text() == "old" and not finished_checkpoints(tmp_path)
     set_aside(tmp_path)
     assert not (tmp_path / "earlier-2").exists()
+
+
+def test_a_number_that_is_free_again_is_not_taken_twice(tmp_path):
+    for number in (1, 3, "my-own"):  # somebody has removed earlier-2
+        (tmp_path / f"earlier-{number}").mkdir()
+    (tmp_path / "metrics.jsonl").write_text("old")
+    set_aside(tmp_path)
+    assert (tmp_path / "earlier-4" / "metrics.jsonl").read_text() == "old"
 
 
 def test_an_unfinished_checkpoint_is_not_taken(tmp_path):
@@ -58,7 +73,8 @@ class Run:
     """A run of 8 weights, whose steps add 1 to each: `begin` is what a script does before its loop."""
 
     def __init__(self, folder, **config):
-        self.config = SFTConfig(model="none", output_dir=str(folder), data=[], save_steps=1, **config)
+        config = {"data": [], "save_steps": 1} | config
+        self.config = SFTConfig(model="none", output_dir=str(folder), **config)
 
     def begin(self, weights=8, **changes):
         self.policy = torch.nn.Linear(weights, 1, bias=False)
@@ -100,6 +116,39 @@ def test_a_run_goes_on_from_its_newest_checkpoint(run, capsys):
         f"resumed from {run.checkpoints.folder / 'checkpoint-3'}; changed in the config: learning_rate\n"
         in capsys.readouterr().out
     )
+
+
+def test_data_that_has_changed_is_named(tmp_path, capsys):
+    data, held_out = tmp_path / "train.json", tmp_path / "eval.json"
+    data.write_text("[1]")
+    held_out.write_text("[2]")
+    run = Run(tmp_path / "run", resume="auto", eval_data=[Source(str(held_out))], eval_steps=9)
+    (tmp_path / "run").mkdir()
+    run.begin(data=[Source(str(data))])
+    run.train(0, 1).checkpoints.close()
+    assert run.begin() == 1
+    data.write_text("[3]")
+    for _ in range(2):  # nor the next time
+        with pytest.raises(CheckpointError, match=rf"^{data}: changed since .*checkpoint-1 was written"):
+            run.begin()
+    held_out.write_text("[4]")
+    with pytest.raises(CheckpointError, match=f"^{data}, {held_out}: changed since"):
+        run.begin()
+    held_out.write_text("[2]")
+    other = tmp_path / "other.json"
+    data.rename(other)
+    capsys.readouterr()
+    assert run.begin(data=[Source(str(other))]) == 1  # on purpose
+    assert "changed in the config: data\n" in capsys.readouterr().out
+
+
+def test_a_large_parquet_file_is_told_apart_by_its_end(tmp_path):
+    path = tmp_path / "x.parquet"
+    path.write_bytes(b"media" * 2**20 + b"contents 1")
+    config = SFTConfig(model="m", output_dir="o", data=[Source(str(path), format="omniinstruct")])
+    before = digests_of_data(config)
+    path.write_bytes(b"media" * 2**20 + b"contents 2")
+    assert before.keys() == digests_of_data(config).keys() == {str(path)} and before != digests_of_data(config)
 
 
 def test_the_loop_may_change_weights_while_a_checkpoint_is_written(tmp_path, monkeypatch):

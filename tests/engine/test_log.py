@@ -1,12 +1,16 @@
 """The files a run writes: whole lines, no NaN, and a resumed run's equal to an uninterrupted one's."""
 
+import errno
 import json
+import os
 import sys
 
 import pytest
 import torch
 
 from hov2.config import ConfigError
+from hov2.distributed import WriteError
+from hov2.engine import guard
 from hov2.engine.log import MetricsLog, RolloutDump, Timer, console_line
 
 
@@ -53,6 +57,46 @@ def test_resumed_files_equal_uninterrupted_ones(tmp_path):
     assert lines(tmp_path / "whole/rollouts.jsonl")[0] == {"step": 0, "sample": "ü", "logps": [0.5, None]}
     run(tmp_path / "parts", 0, 1)  # a new run does not go on after an old one's lines
     assert [line["step"] for line in lines(tmp_path / "parts/metrics.jsonl")] == [0]
+
+
+class FullDisk:
+    """A file that takes so many bytes and no more, like one on a full disk."""
+
+    def __init__(self, file, room):
+        self.file, self.room = file, room
+
+    def write(self, content):
+        if not self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written = self.file.write(content[: self.room])
+        self.room -= written
+        return written
+
+    def close(self):
+        self.file.close()
+
+
+@pytest.mark.parametrize("room", [0, 7])
+def test_a_full_disk_costs_no_line_and_asks_the_run_to_stop(tmp_path, monkeypatch, room):
+    monkeypatch.setattr(guard, "_asked", [])
+    log, dump = MetricsLog(tmp_path, 0, [], 9), RolloutDump(tmp_path, 0)
+    log.write(0, {"reward": 1.0})
+    dump.write([{"step": 0}] * 2)
+    log._file.file = full_log = FullDisk(log._file.file, room)
+    dump._file.file = full_dump = FullDisk(dump._file.file, room)
+    for step in (1, 2):
+        log.write(step, {"reward": 2.0})
+        dump.write([{"step": step}] * 2)
+        assert lines(tmp_path / "metrics.jsonl") == [{"step": 0, "reward": 1.0}]
+        assert lines(tmp_path / "rollouts.jsonl") == [{"step": 0}] * 2
+    assert guard._asked[0] == f"{tmp_path}/metrics.jsonl: can't be written: No space left on device"
+    with pytest.raises(WriteError, match=r"metrics\.jsonl: can't be written: No space"):
+        log.close()
+    full_log.room = full_dump.room = 10_000  # somebody has made room
+    log.close()
+    dump.close()
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [0, 1, 2]
+    assert [line["step"] for line in lines(tmp_path / "rollouts.jsonl")] == [0, 0, 1, 1, 2, 2]
 
 
 def test_console_columns_have_one_width():

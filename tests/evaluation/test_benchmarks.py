@@ -160,6 +160,36 @@ def test_options_get_letters_where_they_have_none(tmp_path):
     assert sample.options == ("A. a bell", "B. a cat", "(C) rain", "D:talk")
 
 
+def test_an_answer_in_the_options_own_words_is_its_letter(tmp_path):
+    record = {**DAILY, "Choice": ["Vitamin A", "zinc", "Vitamin C", "iron"], "Answer": "Vitamin C"}
+    [sample] = read_benchmark("daily-omni", publish(tmp_path, "daily-omni", [record]))
+    assert sample.solution == "<answer>C</answer>"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"Question": "Why \ud83d"}, "Question: '.ud83d' is half of a surrogate pair"),
+        ({"content_parent_category": "\ud83d"}, "content_parent_category: '.ud83d' is half of a surrogate pair"),
+        ({"video_id": "https://x.org/a"}, "path: 'https://x.org/a' is a URL; only local files are read"),
+        ({"Answer": "Vitamin D"}, "Answer: 'Vitamin D' is none of the 4 in 'Choice'"),
+    ],
+)
+def test_faults_of_records_are_those_of_training_data(tmp_path, change, message):
+    publish(tmp_path, "daily-omni", [DAILY, {**DAILY, **change}])
+    with pytest.raises(DataError, match=rf"qa\.json: record 2: {message}"):
+        read_benchmark("daily-omni", tmp_path)
+
+
+def test_a_benchmark_in_lines_or_with_a_byte_order_mark_is_read(tmp_path):
+    for name, content in (("daily-omni", [DAILY]), ("worldsense", WORLD)):
+        expected = read_benchmark(name, publish(tmp_path, name, content))
+        (tmp_path / FILES[name]).write_text(json.dumps(content), encoding="utf-8-sig")
+        assert read_benchmark(name, tmp_path) == expected
+    lines = json.dumps(DAILY) + "\n" + json.dumps(DAILY)
+    assert len(read_benchmark("daily-omni", publish(tmp_path, "daily-omni", lines))) == 2
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [
@@ -177,7 +207,7 @@ def test_options_get_letters_where_they_have_none(tmp_path):
             [{**INTENT, "options": "A. x"}],
             "record 1: options: expected a list of texts or null, got 'A. x'",
         ),
-        ("intentbench", [{**INTENT, "options": None}], "record 1: solution: '<answer>B</answer>' is none of the 0 in"),
+        ("intentbench", [{**INTENT, "options": None}], "record 1: options: 'multiple choice' needs them"),
         (
             "intentbench",
             [{**INTENT, "problem": "<|VIDEO|>?"}],

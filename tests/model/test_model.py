@@ -1,6 +1,8 @@
 """A thinker comes from every published layout as transformers reads it, and goes back into what it came from; LoRA."""
 
 import json
+import resource
+import signal
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
 from hov2.config import ConfigError, LoRAConfig
+from hov2.distributed import WriteError
 from hov2.model.encoder import Encoder
 from hov2.model.lora import LoRALinear, adapters_off, add_lora
 from hov2.model.prefix import causal_attention
@@ -185,6 +188,113 @@ def test_tied_weights_go_back_under_every_key_of_theirs(tmp_path):
     out = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(out["lm_head.weight"], both["lm_head.weight"] + 1)
     assert torch.equal(out["model.embed_tokens.weight"], out["lm_head.weight"])
+
+
+@pytest.mark.parametrize("head", ["other", "equal", "none", "alone"])
+@pytest.mark.parametrize("layout", ["thinker", "full"])
+def test_the_files_decide_whether_the_head_is_tied(full_omni, tmp_path, head, layout):
+    """The config says that it is; transformers unties what differs, and so does hov2, also in what it exports."""
+    folder = tmp_path / "thinker"
+    tiny_thinker().save_pretrained(folder)
+    if layout == "full":
+        folder = full_omni
+    prefix = "thinker." if layout == "full" else ""
+    config = json.loads((folder / "config.json").read_text())
+    config.get("thinker_config", config)["tie_word_embeddings"] = True
+    (folder / "config.json").write_text(json.dumps(config))
+    for path in folder.glob("*.safetensors"):
+        weights = load_file(path)
+        if f"{prefix}model.embed_tokens.weight" in weights and head == "alone":
+            del weights[f"{prefix}model.embed_tokens.weight"]
+        if f"{prefix}lm_head.weight" in weights and head in ("equal", "none"):
+            del weights[f"{prefix}lm_head.weight"]
+        if f"{prefix}model.embed_tokens.weight" in weights and head == "equal":
+            weights[f"{prefix}lm_head.weight"] = weights[f"{prefix}model.embed_tokens.weight"].clone()
+        save_file(weights, path, metadata={"format": "pt"})
+    if layout == "full":
+        index = {"metadata": {}, "weight_map": {}}
+        for path in folder.glob("*.safetensors"):
+            index["weight_map"] |= dict.fromkeys(load_file(path), path.name)
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    def untied(thinker):
+        return thinker.lm_head.weight is not thinker.get_input_embeddings().weight
+
+    expected = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    loaded = load_thinker(str(folder), torch.float32)
+    assert untied(loaded) == untied(expected) == (head == "other")
+    assert torch.equal(loaded.lm_head.weight, expected.lm_head.weight)
+    policy = changed_policy(folder)
+    export(policy, tmp_path / "out", str(folder), torch.float32)
+    for again in (
+        Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float32),
+        load_thinker(str(tmp_path / "out"), torch.float32),
+    ):
+        assert untied(again) == (head == "other")
+        assert torch.equal(again.lm_head.weight, policy.thinker.lm_head.weight)
+        assert torch.equal(again.get_input_embeddings().weight, policy.thinker.get_input_embeddings().weight)
+    exported = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert exported.get("thinker_config", exported)["tie_word_embeddings"] == (head != "other")
+
+
+def test_an_export_has_what_the_source_has_for_loading_and_nothing_else(full_omni, tmp_path, monkeypatch, capsys):
+    kept = [
+        "generation_config.json",
+        "preprocessor_config.json",
+        "chat_template.jinja",
+        "additional_chat_templates/tools.jinja",
+        "assets/voices/chelsie.wav",
+        "LICENSE",
+    ]
+    other = [
+        ".cache/lock",
+        ".gitattributes",
+        "pytorch_model.bin.index.json",
+        "model.gguf",
+        "original/params.json",
+        "original/consolidated.pth",
+        "checkpoint-3/state.json",
+        "out.unfinished/model.safetensors",
+        "metrics.jsonl",
+        "clips/a.mp4",
+        "clips/b.mp4",
+        "archive.zip",
+    ]
+    for name in kept + other:
+        path = full_omni / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x" * (60_000 if path.suffix == ".mp4" else 10))
+    (full_omni / "archive.zip").write_bytes(b"x" * 200_000)
+    monkeypatch.setattr("hov2.model.weights.LARGEST_COPY", 100_000)
+    before = {path.relative_to(full_omni).as_posix() for path in full_omni.rglob("*") if path.is_file()}
+    export(changed_policy(full_omni), full_omni / "out", str(full_omni), torch.bfloat16)
+    out = full_omni / "out"
+    after = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert after == before - set(other) and set(kept) <= after and "spk_dict.pt" in after
+    said = capsys.readouterr().out
+    assert said.count("not copied") == 2 and f"{full_omni / 'archive.zip'}: not copied" in said
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    tensors = [tensor for path in out.glob("*.safetensors") for tensor in load_file(path).values()]
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors)
+    assert index["weight_map"] == json.loads((full_omni / "model.safetensors.index.json").read_text())["weight_map"]
+
+
+@pytest.mark.parametrize("room", [0, 50_000])
+def test_an_export_to_a_full_disk_is_one_error_and_leaves_what_was_there(tmp_path, room):
+    tiny_thinker().save_pretrained(tmp_path / "model")
+    policy = changed_policy(tmp_path / "model")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "earlier").write_text("as it was")
+    handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))  # writes fail as on a full disk
+    try:
+        with pytest.raises(WriteError, match=rf"^{tmp_path / 'out'}: can't be written: File too large$"):
+            export(policy, tmp_path / "out", str(tmp_path / "model"), torch.float32)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["earlier"]
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "out"}
 
 
 def lora_policy(folder, **settings):

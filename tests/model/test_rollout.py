@@ -16,7 +16,7 @@ from hov2.model.lora import add_lora
 from hov2.model.prefix import group_logps
 from hov2.model.rollout import _noise, _sample, generate, make_generator, sampling_for
 from hov2.model.versions import decoder_of
-from hov2.spans import completion_tokens
+from hov2.spans import completion_texts, completion_tokens
 from tests.support.helpers import tiny_thinker, tiny_tokenizer
 from tests.support.modelkit import random_inputs, random_prompts, use_hov2_attention
 
@@ -130,6 +130,9 @@ def test_stop_at_answer_cuts_the_same_tokens_after_the_tag():
         assert short == (long if n is None else long[: n + 1]) and truncated == (n is None)
         ends.add(None if n is None else short[-1])
     assert ends == {None, b">", b"><"}
+    for (tokens, truncated), text in zip(cut, completion_texts([tokens for tokens, _ in cut])):
+        assert truncated or text.endswith("</answer>")
+        assert b"".join(tokens).decode(errors="replace").startswith(text)
 
 
 def test_mask_ends_with_the_first_stop_token():

@@ -179,10 +179,12 @@ def test_bad_records_inside_and_outside_the_slice(tmp_path, clips, capsys):
         ({"slice": "first:10%"}, "leaves none"),
         ({"path": "none.json"}, "no such data file"),
         ({"format": "x"}, "unknown format 'x'"),
-        ({"slice": "half"}, "slice 'half'"),
     ):
         code, text, rows = run(capsys, path, "data=" + json.dumps([entry | change, entry | {"on_bad_record": "skip"}]))
         assert code == 1 and message in text and rows["sft_data.json"] == row(1)  # the other entry is still looked at
+    with pytest.raises(SystemExit, match="2"):
+        check.main([str(path), 'data=[{"path": "none.json", "slice": "half"}]'])
+    assert "data[0]: slice: expected all, first:N, last:N" in capsys.readouterr().err
 
 
 # ---- shared clips ----

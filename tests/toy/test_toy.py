@@ -4,6 +4,7 @@ import json
 import random
 import sys
 from collections import Counter
+from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -200,7 +201,8 @@ def test_a_new_run_sets_its_own_earlier_one_aside_and_leaves_the_reader_s(tmp_pa
     (tmp_path / "configs").symlink_to(Path("configs").resolve())
     monkeypatch.chdir(tmp_path)
     own = ["world/world.json", "filter_stage2/kept.jsonl", "stage2/metrics.jsonl", "stage3/model/x", "summary.json"]
-    others = ["thin/config.json", "stage2_thin/metrics.jsonl", "eval/results.json", "world2/world.json", "notes.txt"]
+    own += ["eval/answers/protocol.json", "eval_worldsense/results.json"]  # of that model, by evaluate.py
+    others = ["thin/config.json", "stage2_thin/metrics.jsonl", "evaluation/x", "world2/world.json", "notes.txt"]
     for name in own + others:
         path = toy.ROOT / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -227,6 +229,12 @@ def test_the_configs_of_a_run_write_only_what_the_next_run_sets_aside():
         config = json.loads((toy.CONFIGS / f"{step}.json").read_text()) | settings
         for place in [config["output_dir"], config.get("filter", {}).get("output", config["output_dir"])]:
             assert Path(place).relative_to(toy.ROOT).parts[0] in toy.run.WRITTEN
+
+
+def test_evaluations_of_the_toy_s_model_go_aside_with_it():
+    for path in toy.CONFIGS.glob("eval*.json"):
+        folder = Path(json.loads(path.read_text())["output_dir"])
+        assert folder.parent == toy.ROOT and any(fnmatch(folder.name, pattern) for pattern in toy.run.WRITTEN)
 
 
 @pytest.mark.parametrize("quick", [True, False])
