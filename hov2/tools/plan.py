@@ -252,7 +252,7 @@ def thinker_of(name: str, configs: Path) -> tuple[str, nn.Module]:
 
 
 def origin_of(name: str, configs: Path) -> str:
-    """Return the model that `name` comes from, by the configs in a folder, or `name` itself.
+    """Return the model that `name` comes from by the configs in a folder, the nearest that is there; or `name` itself.
 
     A stage's `model` is `output_dir/model` of the stage before, which is there only once that one has run.
     """
@@ -261,7 +261,7 @@ def origin_of(name: str, configs: Path) -> str:
         with suppress(ConfigError):  # other files lie there, too
             config = read_config(path)
             starts[f"{config.output_dir}/model"] = config.model
-    while name in starts:
+    while name in starts and not Path(name).is_dir():
         name = starts.pop(name)  # taken out, so that configs that start from each other end here
     return name
 
