@@ -84,11 +84,11 @@ def main(config: GRPOConfig) -> None:
     device = distributed.setup(config.device)
     with distributed.rank_zero_first():
         toy.prepare(config)  # builds the toy's world for the toy's configs, and nothing for others
+    samples = read_samples(config.data, config.seed)  # first: what is wrong here shows before a model is loaded
     run = start(config, device)
     policy = run.policy
     reference = load_reference(config, device, policy)
     optimizer = optim.make_optimizer(policy, config)
-    samples = read_samples(config.data, config.seed)
     order = PromptOrder(len(samples), config.prompts_per_step, config.seed)
     loader = StepLoader(
         samples,

@@ -34,10 +34,10 @@ def main(config: SFTConfig) -> None:
     device = distributed.setup(config.device)
     with distributed.rank_zero_first():
         toy.prepare(config)  # builds the toy's world for the toy's configs, and nothing for others
+    samples = read_samples(config.data, config.seed)  # first: what is wrong here shows before a model is loaded
     run = start(config, device)
     policy = run.policy
     optimizer = optim.make_optimizer(policy, config)
-    samples = read_samples(config.data, config.seed)
     order = PromptOrder(len(samples), config.samples_per_step, config.seed)
     loader = StepLoader(
         samples,

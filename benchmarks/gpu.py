@@ -78,7 +78,10 @@ def make_policy(device, tiny, own=True, lora=True):
     own: with hov2's attention and norms; else transformers' as they are. Without LoRA nothing is trained.
     """
     dtype = distributed.compute_dtype("auto", device)
-    config = random_thinker(512, layers=2, hidden=64).config if tiny else plan.thinker_of_7b().config
+    if tiny:
+        config = random_thinker(512, layers=2, hidden=64).config
+    else:
+        config = plan.published_thinker("Qwen/Qwen2.5-Omni-7B").config
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
         thinker = Thinker(config).eval().to(dtype)

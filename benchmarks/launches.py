@@ -107,7 +107,7 @@ def main(argv=None):
     asked = parser.parse_args(argv)
     results = []
     for lora in (False, True):
-        thinker = plan.thinker_of_7b()
+        thinker = plan.published_thinker("Qwen/Qwen2.5-Omni-7B")
         if lora:
             add_lora(thinker, LoRAConfig())
         for prompts in (1, 8):

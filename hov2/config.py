@@ -264,7 +264,8 @@ class GRPOConfig(TrainConfig):
         judged = [repr(name) for name, reward in REWARDS.items() if reward.needs_judge and name in self.reward_weights]
         _need(
             self.judge or not judged,
-            f"reward_weights: {' and '.join(judged)} needs a judge; give one as `judge`, or leave it out",
+            f"reward_weights: a judge is needed for {' and '.join(judged)}; give one as judge.url, or train without: "
+            """'reward_weights={"format": 1, "accuracy": 1}'""",
         )
         _need(self.num_generations >= 2, f"num_generations: at least 2, to compare them; got {self.num_generations}")
         _need(self.temperature > 0, f"temperature: greater than 0, equals teach nothing; got {self.temperature}")

@@ -108,7 +108,7 @@ class Judge:
             urls = ", ".join(server.url for server in self._servers)
             raise JudgeError(
                 f"no judge at {urls}: {reply.error}; judge.url is what /chat/completions is appended to, "
-                "such as http://localhost:8000/v1, and judge.model the model's name there"
+                "such as http://localhost:8000/v1, and judge.model the model's name there (judge=null: no judge)"
             )
 
     def take_replies(self) -> list[JudgeReply]:

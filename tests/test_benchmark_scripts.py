@@ -226,7 +226,7 @@ def test_a_part_that_fails_takes_nothing_with_it(tmp_path, monkeypatch, capsys):
 
 
 def test_the_7b_s_prompt_has_its_own_media_tokens():
-    policy = Policy(plan.thinker_of_7b())
+    policy = Policy(plan.published_thinker("Qwen/Qwen2.5-Omni-7B"))
     inputs = gpu.own_inputs(policy, gpu.Sizes())
     config, ids = policy.thinker.config, inputs.prompt_ids.tolist()
     assert (ids.count(config.video_token_id), ids.count(config.audio_token_id)) == (1024, 500) and len(ids) == 2000

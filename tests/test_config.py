@@ -146,7 +146,7 @@ def test_shipped_configs_load(path):
             "reward_weights: 'style' is not one of 'format', 'accuracy', 'context', 'logic'",
         ),
         ('reward_weights={"context": 1}', "format or accuracy is needed"),
-        ('reward_weights={"format": 1, "logic": 1}', "'logic' needs a judge"),
+        ('reward_weights={"format": 1, "logic": 1}', "a judge is needed for 'logic'"),
     ],
 )
 def test_values_that_cannot_train_are_refused(tmp_path, override, message):

@@ -141,11 +141,11 @@ def test_the_report_explains_metrics_in_the_words_of_the_page():
 
 def test_the_page_on_data_names_every_format_and_type_and_its_examples_are_read():
     text = page("data.md")
-    table = text[text.index("| problem type |") : text.index("Then train on it")]
+    table = text[text.index("| problem type |") : text.index("## How clips are read")]
     assert set(re.findall(r"^\| `(.+?)` \|", table, re.MULTILINE)) == PROBLEM_TYPES.keys()
     assert {*re.findall(r'"format": "([\w-]+)"', text), "hov2"} == CONVERTERS.keys()
     records = re.findall(r'^{"problem":.*}$', text, re.MULTILINE)
-    assert len(records) == 2
+    assert len(records) == 4
     for number, record in enumerate(records, 1):
         sample = to_sample(json.loads(record), number, "mine.jsonl", ROOT)
         check_reference(sample.solution, sample.problem_type)

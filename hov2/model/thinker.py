@@ -170,7 +170,13 @@ def _explain(name: str) -> str:
             f"{name}: the folder has no model or tokenizer that transformers can read "
             "(config.json, *.safetensors, tokenizer.json)"
         )
-    return f"{name}: no such folder, and not to be had from the model hub (no network, or no such name)"
+    hint = ""
+    if Path(name).name == "model":  # as the configs of later stages have it
+        hint = (
+            "; a run writes its `model` folder when it ends: run the stage before this one, or start from another "
+            "model, such as model=Qwen/Qwen2.5-Omni-3B"
+        )
+    return f"{name}: no such folder, and not to be had from the model hub (no network, or no such name){hint}"
 
 
 def tower_parameters(thinker: nn.Module) -> set[nn.Parameter]:

@@ -145,8 +145,9 @@ def export(policy: nn.Module, folder: str | Path, name: str, dtype: torch.dtype)
 
     `name` is the model that the run began with: its files are written anew, a thinker's as a thinker's and those of a
     full Qwen2.5-Omni with its talker and vocoder, the thinker's tensors as `dtype`. Tokenizer and other small files are
-    copied, subfolders too. All ranks call it, and gather one tensor at a time; rank 0 writes. A module with a `merged_weight` (LoRA)
-    says itself what its weight has become. Raises WriteError, on all ranks, where the disk is full.
+    copied, subfolders too. All ranks call it, and gather one tensor at a time; rank 0 writes. A module with a
+    `merged_weight` (LoRA) says itself what its weight has become. Raises WriteError, on all ranks, where the disk is
+    full.
     """
     folder = Path(folder)
     source = source_folder(name)

@@ -1,6 +1,7 @@
-"""How much memory a training run needs on each GPU, before one is bought: `python -m hov2.tools.plan CONFIG`.
+"""How much memory a run needs on each GPU, before one is bought: `python -m hov2.tools.plan CONFIG`.
 
     python -m hov2.tools.plan configs/stage2.json --gpus 8 --memory 80 [key=value ...]
+    python -m hov2.tools.plan configs/one_gpu/stage2.json --gpus 1 --memory 24
 
 Arithmetic on the model's shapes (no weight is read) and on the config; docs/memory.md has the formulas. What a run
 holds all the time and what a phase adds are kept apart: the peak is the largest phase. Exit code 1 if it doesn't fit.
@@ -10,13 +11,15 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import Qwen2_5OmniThinkerConfig
 
-from hov2.config import ConfigError, EvalConfig, GRPOConfig, LoRAConfig, SFTConfig
+from hov2.config import BaseConfig, ConfigError, EvalConfig, GRPOConfig, LoRAConfig, SFTConfig
 from hov2.config_io import read_config
 from hov2.model.lora import add_lora
 from hov2.model.thinker import design, tower_parameters
@@ -25,6 +28,22 @@ from hov2.model.weights import ModelError
 
 GIB = 2**30
 FLOAT = 4  # bytes of a trained weight, of its gradient as it is summed over ranks, and of a logit
+PUBLISHED = {  # sizes known without any file: where these differ from transformers' defaults
+    "Qwen/Qwen2.5-Omni-7B": {"vision_config": {"hidden_size": 1280}},
+    "Qwen/Qwen2.5-Omni-3B": {
+        "text_config": {
+            "hidden_size": 2048,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 36,
+            "max_window_layers": 36,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 2,
+            "vocab_size": 151936,
+        },
+        "vision_config": {"hidden_size": 1280, "out_hidden_size": 2048},
+        "audio_config": {"output_dim": 2048},
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -75,8 +94,10 @@ def _numbers(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
-def held(shapes: Shapes, config: SFTConfig | GRPOConfig, gpus: int, width: int = 2) -> dict[str, int]:
+def held(shapes: Shapes, config: BaseConfig, gpus: int, width: int = 2) -> dict[str, int]:
     """Return {what: bytes} that a GPU holds all the time; `width`: bytes of a number in the compute type."""
+    if isinstance(config, EvalConfig):
+        return {"weights": width * shapes.decoder // gpus, "towers": width * shapes.towers}
     states = 0 if config.optimizer_states == "cpu" else 2 * FLOAT
     frozen = width * shapes.decoder if shapes.lora else 0
     has_reference = getattr(config, "beta", 0) and not shapes.lora
@@ -89,9 +110,11 @@ def held(shapes: Shapes, config: SFTConfig | GRPOConfig, gpus: int, width: int =
     }
 
 
-def rollout(shapes: Shapes, config: GRPOConfig, prompts: int, prompt_tokens: int, width: int = 2) -> dict[str, int]:
+def rollout(
+    shapes: Shapes, config: GRPOConfig | EvalConfig, prompts: int, prompt_tokens: int, width: int = 2
+) -> dict[str, int]:
     """Return {what: bytes} that decoding `prompts` groups together adds: all weights gathered, and keys and values."""
-    rows = prompts * config.num_generations
+    rows = prompts * (config.num_samples if isinstance(config, EvalConfig) else config.num_generations)
     cached_tokens = prompts * prompt_tokens + rows * config.max_completion_length
     return {
         "weights gathered": width * shapes.decoder,
@@ -142,9 +165,12 @@ def layer_numbers(shapes: Shapes, width: int) -> int:
     return norms + attention + shapes.hidden + 4 * shapes.mlp  # gate, its activation, up, their product
 
 
-def plan(shapes: Shapes, config: SFTConfig | GRPOConfig, gpus: int, prompt_tokens: int) -> dict[str, dict[str, int]]:
+def plan(shapes: Shapes, config: BaseConfig, gpus: int, prompt_tokens: int) -> dict[str, dict[str, int]]:
     """Return {phase: {what: bytes}} of one GPU: "always", then what each phase adds."""
     phases = {"always": held(shapes, config, gpus)}
+    if isinstance(config, EvalConfig):
+        phases["rollout"] = rollout(shapes, config, config.batch_size, prompt_tokens)
+        return phases
     if isinstance(config, GRPOConfig):
         per_rank = max(1, config.prompts_per_step // gpus)
         together = min(config.num_generations, config.completions_per_forward or config.num_generations)
@@ -192,10 +218,10 @@ def main() -> None:
     try:
         config = read_config(args.config, args.overrides)
         prompt_tokens = config.max_prompt_length
-        if isinstance(config, EvalConfig) or prompt_tokens is None:
-            raise ConfigError(f"{args.config}: expected a training config that has max_prompt_length, in tokens")
-        name, thinker = thinker_of(config.model)
-        shapes = shapes_of(thinker, config.lora)
+        if prompt_tokens is None:
+            raise ConfigError(f"{args.config}: expected a config that has max_prompt_length, in tokens")
+        name, thinker = thinker_of(config.model, Path(args.config).parent)
+        shapes = shapes_of(thinker, getattr(config, "lora", None))
     except USER_ERRORS as error:
         sys.exit(f"error: {error}")
     text, fits = report(plan(shapes, config, args.gpus, prompt_tokens), args.memory * 1e9)
@@ -206,19 +232,45 @@ def main() -> None:
     sys.exit(0 if fits else 1)
 
 
-def thinker_of(name: str) -> tuple[str, nn.Module]:
-    """Return (what to call it, the thinker `name` on the meta device); the 7B's where `name` isn't to be had."""
-    try:
+def thinker_of(name: str, configs: Path) -> tuple[str, nn.Module]:
+    """Return (what to call it, the thinker `name` on the meta device).
+
+    A model that a run of another config in the folder `configs` has yet to make has the sizes of the one it starts
+    from. Raises ModelError for a name that stands for no sizes.
+    """
+    if Path(name).is_dir():
         return name, design(name, torch.bfloat16)
-    except ModelError:
-        return f"{name} (not there; the sizes of Qwen2.5-Omni-7B)", thinker_of_7b()
+    origin = origin_of(name, configs)
+    called = name if origin == name else f"{name} (not there yet; the sizes of {origin}, which it comes from)"
+    if origin in PUBLISHED:
+        return called, published_thinker(origin)
+    try:
+        return called, design(origin, torch.bfloat16)
+    except ModelError as error:
+        known = " or ".join(f"model={published}" for published in PUBLISHED)
+        raise ModelError(f"{error}; for a plan, {known} will do without any file") from None
 
 
-def thinker_of_7b() -> nn.Module:
-    """Return the thinker of Qwen2.5-Omni-7B on the meta device, whose sizes transformers knows."""
+def origin_of(name: str, configs: Path) -> str:
+    """Return the model that `name` comes from by the configs in a folder, the nearest that is there; or `name` itself.
+
+    A stage's `model` is `output_dir/model` of the stage before, which is there only once that one has run.
+    """
+    starts = {}  # the model that a run makes -> the one that it starts from
+    for path in sorted(configs.glob("*.json")):
+        with suppress(ConfigError):  # other files lie there, too
+            config = read_config(path)
+            starts[f"{config.output_dir}/model"] = config.model
+    while name in starts and not Path(name).is_dir():
+        name = starts.pop(name)  # taken out, so that configs that start from each other end here
+    return name
+
+
+def published_thinker(name: str) -> nn.Module:
+    """Return a thinker of PUBLISHED on the meta device, without any file of it."""
     with tempfile.TemporaryDirectory() as folder:
-        config = Qwen2_5OmniThinkerConfig(  # all else is the default
-            vision_config={"hidden_size": 1280},
+        config = Qwen2_5OmniThinkerConfig(
+            **PUBLISHED[name],
             vision_start_token_id=151652,
             vision_end_token_id=151653,
         )

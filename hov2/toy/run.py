@@ -18,7 +18,8 @@ from hov2.toy.rule_judge import RuleJudge
 from hov2.toy.world import CONFIGS, MAIN_TYPES, QUESTIONS, ROOT, WORLD, build_world
 
 STEPS = ("stage1", "filter_stage2", "stage2", "filter_stage3", "stage3", "eval")  # each a config in configs/toy
-SCRIPTS = {"stage1": "train_sft.py", "stage2": "train_grpo.py", "stage3": "train_grpo.py"}  # evaluate.py for the others
+# Of the steps that train; the others are evaluate.py's.
+SCRIPTS = {"stage1": "train_sft.py", "stage2": "train_grpo.py", "stage3": "train_grpo.py"}
 FILTERED = {"stage2": ROOT / "filter_stage2/kept.jsonl", "stage3": ROOT / "filter_stage3/kept.jsonl"}
 SUMMARY = ROOT / "summary.json"
 # What `python -m hov2.toy` writes in ROOT, and what configs/toy/eval*.json write there about its model, as patterns. All

@@ -45,7 +45,7 @@ def fake(monkeypatch):
     """The thinker with adapters, and two prompts, on fake CUDA."""
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", flash_attention)
     monkeypatch.setattr("hov2.model.prefix.causal_lower_right", LowerRight)
-    thinker = plan.thinker_of_7b()
+    thinker = plan.published_thinker("Qwen/Qwen2.5-Omni-7B")
     add_lora(thinker, LoRAConfig())
     for name, parameter in thinker.named_parameters():
         if ".lora_" in name:  # as FSDP hands them to the layers

@@ -168,8 +168,8 @@ def _spread(items: list[int]) -> Iterator[int]:
 def _add_to(completion: dict) -> None:
     """Add what the page needs beside the dump.
 
-    `spans`: {reward: the span that it reaches}; `blocks`: {tag: [start, end] in its text}; and, as the first value of its
-    tokens, the sum of all credits.
+    `spans`: {reward: the span that it reaches}; `blocks`: {tag: [start, end] in its text}; and, as the first value of
+    its tokens, the sum of all credits.
     """
     from hov2.spans import find_block  # here, as below: this module is imported without torch
 
