@@ -29,6 +29,7 @@ class MediaShape:
     mel_frames: int = 0  # 100 a second; 0: no sound
     interleaved: bool = False  # the sound is laid between the video's tokens, in time
     audio_cut: float = 0.0  # seconds of sound left out because they are beyond the audio tower's 300
+    audio_lost: bool = False  # the video has sound, none of which can be decoded
 
     @property
     def video_frames(self) -> int:
@@ -145,11 +146,8 @@ def load_media(paths: dict[str, str], settings: MediaConfig) -> tuple[MediaShape
         if kind != "image" and media.audio is not None:
             input_features = log_mel(media.audio)
             shape = replace(shape, mel_frames=input_features.shape[1], audio_cut=media.audio_cut)
-        if kind == "audio" and shape.audio_tokens == 0:
-            raise MediaError(path, "the sound is shorter than one token of the audio tower (0.03 s)")
-    if shape.audio_tokens == 0:  # a video's blip too short for the tower is no sound
-        input_features = None
-        shape = replace(shape, mel_frames=0)
+        if media.audio_lost:
+            shape = replace(shape, audio_lost=True)
     if settings.interleave_audio and "video" in paths and input_features is not None:
         shape = replace(shape, interleaved=True)
     return shape, pixel_values, input_features

@@ -9,6 +9,7 @@ not by time; pixel aspect ratios, EXIF orientation and mirrored display matrices
 """
 
 import os
+import re
 import stat
 import warnings
 from dataclasses import dataclass
@@ -19,10 +20,13 @@ from av.stream import Disposition
 from torch import Tensor
 
 from hov2.data.errors import MediaError
-from hov2.data.sound import SoundReader
-from hov2.data.video import Resizer, VideoReader, read_image
+from hov2.data.pictures import read_image
+from hov2.data.sound import MIN_AUDIO_SECONDS, SoundReader
+from hov2.data.video import Resizer, VideoReader
 
 _STILLS = {"image2", "gif", "apng", "webp", "ico"}  # and every demuxer called *_pipe
+_STILL_BRANDS = {"avif", "avis", "heic", "heix", "heim", "heis", "hevc", "hevx", "mif1", "mif2", "msf1"}
+_STILL_CODECS = {"mjpeg", "png", "bmp", "webp", "gif", "tiff", "apng"}  # of a poster beside the film
 _NOT_MEDIA = {"tty": "a text file", "hls": "a playlist", "concat": "a playlist", "dash": "a playlist"}
 
 
@@ -34,6 +38,7 @@ class Media:
     sample_fps: float | None  # kept frames in a second of the clip; None for an image and for sound
     audio: Tensor | None  # float32 (N,), mono
     audio_cut: float = 0.0  # seconds of sound left out beyond MAX_AUDIO_SECONDS
+    audio_lost: bool = False  # the file has sound, none of which can be decoded
 
 
 def read_media(
@@ -67,20 +72,31 @@ def read_media(
     path = os.fspath(path)
     check_file(path)
     resize = Resizer(path, min_pixels, max_pixels)
-    frames, sample_fps = None, None
+    media = Media(None, None, None)
     with open_media(path) as container:
-        video, audio = _first_streams(path, container)
+        video, audio = _choose_streams(path, container)
         if video and _is_still(container):
-            return Media(read_image(path, container, video, resize), None, None)
-        packets, sound = _demux(path, container, video, audio)
+            media.frames = read_image(path, container, video, resize)
+            return media
+        media.audio_lost = audio is None and bool(container.streams.audio)
+        sound = SoundReader(path, audio, sample_rate) if audio else None
+        packets = _demux(path, container, video, sound)
         if video:
-            frames, sample_fps = VideoReader(path, video, packets, resize).read(fps, max_frames)
-    if sound is None:
-        return Media(frames, sample_fps, None)
-    waveform = sound.waveform(path, sample_rate)
-    if waveform is None and not video:
-        raise MediaError(path, "no sound that can be decoded")
-    return Media(frames, sample_fps, waveform, sound.cut)
+            media.frames, media.sample_fps = VideoReader(path, video, packets, resize).read(fps, max_frames)
+    if sound:
+        media.audio = sound.waveform()
+        media.audio_cut = sound.cut
+        media.audio_lost = not sound.length and sound.lost > 0
+    if media.frames is None and media.audio is None:
+        raise MediaError(path, _no_sound(sound))
+    return media
+
+
+def _no_sound(sound: SoundReader) -> str:
+    """Say in words why a file of sound gives none."""
+    if sound.length:
+        return f"the sound is shorter than one token of the audio tower ({float(MIN_AUDIO_SECONDS)} s)"
+    return "no sound that can be decoded"
 
 
 def open_media(path: str) -> av.container.InputContainer:
@@ -110,46 +126,89 @@ def check_file(path: str) -> os.stat_result:
     return info
 
 
-def _first_streams(
+def _choose_streams(
     path: str, container: av.container.InputContainer
 ) -> tuple[av.VideoStream | None, av.AudioStream | None]:
-    """Return the file's first video stream that is no cover art and its first sound stream, None where there is none.
+    """Return the video and the sound that a player would take, None where there is none that can be decoded.
 
-    Raises MediaError for a file that has neither.
+    Warns of a kind of which there is some, but none that can be decoded; raises MediaError if nothing can.
     """
     name = container.format.name
     if name in _NOT_MEDIA:
         raise MediaError(path, f"{_NOT_MEDIA[name]}, not a media file")
-    video, audio = None, None
-    for stream in container.streams:
-        if not stream.codec_context:
-            continue
-        is_cover = stream.disposition & Disposition.attached_pic
-        if stream.type == "video" and video is None and not is_cover:
-            video = stream
-        if stream.type == "audio" and audio is None:
-            audio = stream
+    video = _best_stream(container, "video")
+    audio = _best_stream(container, "audio", related=video)
+    problems = []
+    for kind, chosen in (("video", video), ("audio", audio)):
+        unknown = [stream for stream in container.streams if stream.type == kind and not stream.codec_context]
+        if unknown and not chosen:
+            name = _codec_name(path, container, unknown[0])
+            problems.append(
+                f"its {'sound' if kind == 'audio' else kind} is of a codec that FFmpeg can't decode: {name}"
+            )
     if not video and not audio:
-        raise MediaError(path, "no video, sound or image that can be decoded")
+        raise MediaError(path, "; ".join(["no video, sound or image that can be decoded", *problems]))
+    for problem in problems:
+        warnings.warn(f"{path}: {problem}; using the rest", stacklevel=3)
     return video, audio
+
+
+def _best_stream(
+    container: av.container.InputContainer, kind: str, related: av.stream.Stream | None = None
+) -> av.stream.Stream | None:
+    """Return FFmpeg's best stream of a kind that can be decoded; a picture only if there is no film."""
+    streams = []
+    for stream in container.streams:
+        is_cover = stream.disposition & Disposition.attached_pic
+        if stream.type == kind and stream.codec_context and not is_cover:
+            streams.append(stream)
+    films = [stream for stream in streams if stream.codec_context.name not in _STILL_CODECS]
+    candidates = films or streams
+    best = container.streams.best(kind, related)
+    if best in candidates or not candidates:
+        return best if candidates else None
+    return candidates[0]
+
+
+def _codec_name(path: str, container: av.container.InputContainer, stream: av.stream.Stream) -> str:
+    """Return what the file calls the codec of a stream that FFmpeg can't decode."""
+    level = av.logging.get_level()
+    av.logging.set_level(av.logging.INFO)  # or the next line gives nothing
+    description = container.dumps_format()
+    av.logging.set_level(level)
+    found = re.search(rf"Stream #0:{stream.index}\b.*?: (?:Audio|Video): ([^,\n]+)", description)
+    name = "unknown"
+    if found and found[1] != "none":
+        name = found[1]
+    if container.format.name.startswith("matroska"):  # its names are longer than what FFmpeg keeps of them
+        with open(path, "rb") as file:
+            head = file.read(1 << 20)
+        places = [found.start() for found in re.finditer(rb"\x86[\x83-\xbf][AVS]_", head)]
+        if stream.index < len(places):
+            start = places[stream.index] + 2
+            name = head[start : start + (head[start - 1] & 0x7F)].decode(errors="replace")
+    return name
 
 
 def _is_still(container: av.container.InputContainer) -> bool:
     """Whether the file is an image rather than a video."""
     name = container.format.name
-    return name in _STILLS or name.endswith("_pipe") or container.metadata.get("major_brand") == "avif"
+    return name in _STILLS or name.endswith("_pipe") or container.metadata.get("major_brand") in _STILL_BRANDS
 
 
 def _demux(
     path: str,
     container: av.container.InputContainer,
     video: av.VideoStream | None,
-    audio: av.AudioStream | None,
-) -> tuple[list[av.Packet], SoundReader | None]:
-    """Go through the file once: return the video's packets, still compressed, and the sound, decoded as it passes."""
-    streams = [stream for stream in (video, audio) if stream]
+    sound: SoundReader | None,
+) -> list[av.Packet]:
+    """Go through the file once: return the video's packets, still compressed, and decode the sound as it passes."""
+    streams = []
+    if video:
+        streams.append(video)
+    if sound:
+        streams.append(sound.stream)
     packets = []
-    sound = SoundReader(audio) if audio else None
     counts = dict.fromkeys(streams, 0)  # packets of each stream, PyAV's end mark among them
     ends = dict.fromkeys(streams, 0)  # the latest time stamp of each stream, in its own unit
     problem = None
@@ -157,8 +216,6 @@ def _demux(
         for packet in container.demux(streams):
             stream = packet.stream  # `stream_index` is 0 in every end mark of PyAV's
             counts[stream] += 1
-            if stream is video and packet.dts is not None and container.format.name == "avi":
-                counts[stream] = packet.dts + 1  # FFmpeg passes over empty packets, the header counts them
             if packet.pts is not None:
                 ends[stream] = max(ends[stream], packet.pts)
             if packet.size == 0:  # "repeat the last frame" of AVI and Theora, and PyAV's end mark; decoders refuse it
@@ -171,22 +228,39 @@ def _demux(
         problem = f"can't be read to its end ({error.strerror})"
     if problem is None:
         last_second = max(float(end * stream.time_base) for stream, end in ends.items())
-        problem = _shortage(container, counts, last_second)
+        problem = _shortage(path, container, counts, last_second)
     if problem:
         warnings.warn(f"{path}: {problem}; using what is there", stacklevel=3)
     if sound:
         sound.feed(None)
-    return packets, sound
+    return packets
 
 
-def _shortage(container: av.container.InputContainer, counts: dict[av.stream.Stream, int], end: float) -> str | None:
+def _shortage(
+    path: str, container: av.container.InputContainer, counts: dict[av.stream.Stream, int], end: float
+) -> str | None:
     """Say in words what the header promises beyond what is in the file, None if nothing; `end` in seconds."""
     name = container.format.name
-    for stream, count in counts.items():  # with PyAV's end mark: one more than there are, as some AVI headers count
-        is_counted = stream.type == "video" or name.startswith("mov")
-        if is_counted and stream.frames > count:
-            return f"{count - 1} {stream.type} packets where the header counts {stream.frames}"
+    if name == "avi" and _is_whole_riff(path):  # its header counts empty packets too, which FFmpeg passes over
+        return None
+    for stream, count in counts.items():  # with PyAV's end mark: one more than there are
+        promised = stream.frames if stream.type == "video" else 0
+        if name.startswith("mov"):  # `frames` counts samples of PCM, and what an edit list cuts off
+            promised = len(stream.index_entries)
+        if promised > count:
+            return f"{count - 1} {stream.type} packets where the header counts {promised}"
     promised = (container.duration or 0) / av.time_base
     if name.startswith("matroska") and end < 0.95 * promised - 1:
         return f"ends at {end:.1f} s where the header says {promised:.1f} s"
     return None
+
+
+def _is_whole_riff(path: str) -> bool:
+    """Whether the outermost chunks of an AVI file, one for each GB, are as long as they say."""
+    end = 0
+    with open(path, "rb") as file:
+        size = os.path.getsize(path)
+        while end + 8 <= size:
+            file.seek(end + 4)
+            end += 8 + int.from_bytes(file.read(4), "little")
+    return end <= size

@@ -3,6 +3,7 @@
 import functools
 import math
 import warnings
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -14,10 +15,14 @@ from transformers import WhisperFeatureExtractor
 from hov2.data.errors import MediaError
 
 MAX_AUDIO_SECONDS = 300  # what the audio tower was made for
+MIN_AUDIO_SECONDS = Fraction(1, 50)  # what is no longer than this gives it less than a token
 BLOCK = 1 << 16  # samples of a channel that are mixed down at a time
 MAX_AMPLITUDE = 1e6  # of sound, where 1 is full scale: floating-point files may be above it, damaged ones at 1e30
 
-_KAISER = "filter_size=128:cutoff=.957:filter_type=kaiser:kaiser_beta=12"  # 44-101 dB from soxr, swr's default 28-85
+_TAPS = 128  # of the resampling filter, in samples of the lower rate
+_KAISER = (
+    f"filter_size={_TAPS}:cutoff=.957:filter_type=kaiser:kaiser_beta=12"  # 44-101 dB from soxr, swr's default 28-85
+)
 
 
 def log_mel(audio: Tensor) -> Tensor:
@@ -58,22 +63,29 @@ def _whisper() -> WhisperFeatureExtractor:
 
 
 class SoundReader:
-    """One sound stream, decoded packet by packet into its channels' mean."""
+    """One sound stream, decoded packet by packet into its channels' mean at `sample_rate`."""
 
-    def __init__(self, stream: av.AudioStream):
+    def __init__(self, path: str, stream: av.AudioStream, sample_rate: int):
+        self.path = path
+        self.stream = stream
         self.codec = stream.codec_context
+        self.sample_rate = sample_rate
         self.rate = None  # of the first frame, samples a second
         self.rates = set()  # of all frames
         self.length = 0  # samples of a channel so far
         self.cut = 0.0  # seconds beyond MAX_AUDIO_SECONDS
         self.packets = 0
         self.lost = 0  # packets that can't be decoded
-        self._blocks = []  # float32 samples at the file's own rate
+        self._resampler = None
+        self._mixed = 0  # samples of a channel that went into the resampler
         self._waiting = None  # an AudioFifo: samples of all channels
         self._kind = None  # sample format, channels and rate of what waits
 
     def feed(self, packet: av.Packet | None) -> None:
-        """Decode a packet, or what the decoder holds back for None. Beyond MAX_AUDIO_SECONDS it only counts."""
+        """Decode a packet, or what the decoder holds back for None. Beyond MAX_AUDIO_SECONDS it only counts.
+
+        Raises MediaError for samples that are no sound.
+        """
         if self.rate and self.length >= MAX_AUDIO_SECONDS * self.rate:
             if packet and packet.duration:
                 self.cut += float(packet.duration * packet.time_base)
@@ -97,35 +109,42 @@ class SoundReader:
             self._kind = kind
         if self.rate is None:
             self.rate = frame.sample_rate
+            self._resampler = Resampler(self.rate, self.sample_rate)
         self.rates.add(frame.sample_rate)
         self.length += frame.samples
         frame.pts = None  # or it would have to fit
         self._waiting.write(frame)
 
     def _mix(self) -> None:
-        """Turn what waits into one block: a call for each frame of 20 ms would cost more than its decoding."""
+        """Resample what waits as one block: a call for each frame of 20 ms would cost more than its decoding."""
         if self._waiting is None:
             return
         frame = self._waiting.read()
-        if frame is not None:
-            self._blocks.append(_channel_mean(frame))
+        if frame is None:
+            return
+        samples = _channel_mean(frame)
+        if not np.abs(samples).max() < MAX_AMPLITUDE:  # so that NaN fails too
+            raise MediaError(self.path, "the sound has samples that are infinite, no numbers or far too large")
+        kept = samples[: MAX_AUDIO_SECONDS * self.rate - self._mixed]
+        self._mixed += len(kept)
+        self.cut += (len(samples) - len(kept)) / self.rate
+        self._resampler.feed(kept)
 
-    def waveform(self, path: str, sample_rate: int) -> Tensor | None:
-        """Return float32 (N,) at `sample_rate`, at most MAX_AUDIO_SECONDS of it; None if nothing could be decoded."""
+    def waveform(self) -> Tensor | None:
+        """Return float32 (N,) at `sample_rate`, at most MAX_AUDIO_SECONDS of it; None if there is no sound.
+
+        None, too, for sound that is shorter than a token of the audio tower. Raises MediaError for sound whose rate
+        changes and for samples that are no sound.
+        """
         if self.lost:
-            warnings.warn(f"{path}: {self.lost} of {self.packets} sound packets can't be decoded", stacklevel=3)
-        if not self.length:
+            warnings.warn(f"{self.path}: {self.lost} of {self.packets} sound packets can't be decoded", stacklevel=3)
+        if not self.length or self.length <= MIN_AUDIO_SECONDS * self.rate:
             return None
-        self._mix()
         if len(self.rates) > 1:
             rates = ", ".join(map(str, sorted(self.rates)))
-            raise MediaError(path, f"the sound's rate changes ({rates} Hz)")
-        samples = np.concatenate(self._blocks)
-        if not np.abs(samples).max() < MAX_AMPLITUDE:  # so that NaN fails too
-            raise MediaError(path, "the sound has samples that are infinite, no numbers or far too large")
-        kept = samples[: MAX_AUDIO_SECONDS * self.rate]
-        self.cut += (len(samples) - len(kept)) / self.rate
-        return torch.from_numpy(_resample(kept, self.rate, sample_rate))
+            raise MediaError(self.path, f"the sound's rate changes ({rates} Hz)")
+        self._mix()
+        return torch.from_numpy(self._resampler.end())
 
 
 def _channel_mean(frame: av.AudioFrame) -> np.ndarray:
@@ -140,25 +159,50 @@ def _channel_mean(frame: av.AudioFrame) -> np.ndarray:
     return data.mean(axis=0, dtype=np.float32)
 
 
-def _resample(samples: np.ndarray, rate: int, target: int) -> np.ndarray:
-    """Bring float32 (n,) from `rate` to `target` Hz: ceil(n * target / rate) samples."""
-    if rate == target:
-        return samples
-    graph = av.filter.Graph()
-    source = graph.add_abuffer(sample_rate=rate, format="flt", layout="mono")
-    resampler = graph.add("aresample", f"{target}:{_KAISER}")
-    sink = graph.add("abuffersink")
-    graph.link_nodes(source, resampler, sink).configure()
-    frame = av.AudioFrame.from_ndarray(samples[None], "flt", "mono")
-    frame.sample_rate = rate
-    source.push(frame)
-    source.push(None)
-    blocks = []
-    while True:
-        try:
-            blocks.append(sink.pull().to_ndarray()[0])
-        except (EOFError, BlockingIOError):
-            break
-    length = -(-len(samples) * target // rate)
-    result = np.concatenate(blocks)[:length]
-    return np.pad(result, (0, length - len(result)))
+class Resampler:
+    """Brings float32 samples from `rate` to `target` Hz, block by block: ceil(n * target / rate) of them."""
+
+    def __init__(self, rate: int, target: int):
+        self.rate = rate
+        self.target = target
+        self.length = 0  # samples so far
+        self._blocks = []
+        if rate == target:
+            return
+        self._graph = av.filter.Graph()  # kept, as its filters don't keep it
+        self._source = self._graph.add_abuffer(sample_rate=rate, format="flt", layout="mono")
+        resampler = self._graph.add("aresample", f"{target}:{_KAISER}")
+        self._sink = self._graph.add("abuffersink")
+        self._graph.link_nodes(self._source, resampler, self._sink).configure()
+
+    def feed(self, samples: np.ndarray) -> None:
+        """Take the next samples."""
+        self.length += len(samples)
+        if self.rate == self.target:
+            self._blocks.append(samples)
+        elif len(samples):
+            self._push(samples)
+
+    def _push(self, samples: np.ndarray | None) -> None:
+        """Give the filter samples, or None for the end, and take what comes out."""
+        frame = None
+        if samples is not None:
+            frame = av.AudioFrame.from_ndarray(samples[None], "flt", "mono")
+            frame.sample_rate = self.rate
+        self._source.push(frame)
+        while True:
+            try:
+                self._blocks.append(self._sink.pull().to_ndarray()[0])
+            except (EOFError, BlockingIOError):
+                break
+
+    def end(self) -> np.ndarray:
+        """Return all samples, resampled."""
+        if self.rate != self.target:
+            taps = _TAPS * max(1, -(-self.rate // self.target))
+            if self.length < 4 * taps:  # too little for the filter to give anything, or the last of it
+                self._push(np.zeros(2 * taps, np.float32))
+            self._push(None)
+        length = -(-self.length * self.target // self.rate)
+        result = np.concatenate(self._blocks)[:length]
+        return np.pad(result, (0, length - len(result)))

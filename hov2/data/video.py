@@ -2,12 +2,10 @@
 
 import itertools
 import math
-import re
 import warnings
 from collections.abc import Iterable, Iterator
 
 import av
-import numpy as np
 import torch
 from av.error import FFmpegError
 from av.video.reformatter import VideoReformatter
@@ -22,9 +20,15 @@ TEMPORAL = 2  # frames in a patch
 MIN_FRAMES = 4  # frames taken of a clip that has them, however short it is
 MAX_ASPECT = 200
 MAX_LOST = 0.01  # share of a video's packets that may be undecodable
+MAX_REORDER = 16  # frames that a decoder may hold back to show others first, at most
 
 _MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
 _STD = (0.26862954, 0.26130258, 0.27577711)
+
+_NO_STAMPS = {
+    "avi",
+    "asf",
+}  # containers without the times of showing: FFmpeg makes them up out of the order in the file
 
 
 # --- sizes, choice of frames, patches ---------------------------------------------------------------------------------
@@ -120,37 +124,6 @@ def _resize(picture: Tensor, size: tuple[int, int]) -> Tensor:
 # --- decoding ---------------------------------------------------------------------------------------------------------
 
 
-def read_image(path: str, container: av.container.InputContainer, stream: av.VideoStream, resize: Resizer) -> Tensor:
-    """Return the first picture of an image file, resized: uint8 (1, 3, H, W)."""
-    if stream.codec_context.name != "tiff":  # whose decoder would refuse any file with a tag that it doesn't know
-        stream.codec_context.options = {"err_detect": "explode"}  # or half a JPEG is an image without a word
-    errors = []
-    try:
-        packets = [packet for packet in container.demux(stream) if packet.size]
-        frame = next(_decode(stream.codec_context, packets, errors), None)
-    except FFmpegError as error:
-        raise MediaError(path, f"corrupt image ({error.strerror})") from None
-    if frame is None:
-        raise MediaError(path, f"corrupt image ({errors[0].strerror})" if errors else "the image holds no pixels")
-    picture = torch.from_numpy(_image_pixels(frame)).permute(2, 0, 1)
-    return resize(picture)[None]
-
-
-def _image_pixels(frame: av.VideoFrame) -> np.ndarray:
-    """Return an image's pixels as Pillow gives them, RGBA on white: uint8 (H, W, 3)."""
-    # colour halved by JPEG or WebP, scaled up as libjpeg does it: 56 dB from Pillow, where RGB at once has 24-46
-    full_colour = re.sub(r"^(yuva?j?)4\d\d", r"\g<1>444", frame.format.name)
-    frame = frame.reformat(format=full_colour, interpolation="BILINEAR")
-    has_alpha = any(component.is_alpha for component in frame.format.components)
-    # RGBA goes on white; alpha of grey or palette images is dropped as by Pillow; a CMYK JPEG has one that's always 255
-    if not has_alpha or len(frame.format.components) != 4:
-        return frame.to_ndarray(format="rgb24")
-    pixels = frame.to_ndarray(format="rgba").astype(np.uint32)
-    alpha = pixels[..., 3:]
-    blend = pixels[..., :3] * alpha + 255 * (255 - alpha) + 128
-    return (((blend >> 8) + blend) >> 8).astype(np.uint8)  # Pillow's rounded division by 255
-
-
 class VideoReader:
     """The frames of one video stream, out of its packets."""
 
@@ -158,52 +131,107 @@ class VideoReader:
         self.path = path
         self.packets = packets
         self.resize = resize
+        self.stream = stream
         self.codec = stream.codec_context
         self.codec.thread_count = 1  # clips are read side by side anyway; and threads by frame would hide errors
         self.to_rgb = VideoReformatter()
-        self.fps = float(stream.average_rate or stream.guessed_rate or 0)
+        self.shown = []  # the places in the file of the packets that are shown: not those cut off by an edit list
+        for place, packet in enumerate(packets):
+            if not packet.is_discard:
+                self.shown.append(place)
+        self.by_time = self._sort_by_time()
+        self.has_made_up_stamps = self._are_stamps_made_up()
 
     def read(self, fps: float, max_frames: int) -> tuple[Tensor, float]:
         """Return the chosen frames, uint8 (T, 3, H, W), and the true frames per second of these T."""
         if not self.packets:
             raise MediaError(self.path, "the video holds no frames")
-        if not self.fps:
-            raise MediaError(self.path, "the video has no frame rate")
-        shown = self._packets_by_time()
-        if shown:
-            chosen = frame_indices(len(shown), self.fps, fps, max_frames)
-            frames = self._seek([shown[index] for index in chosen])
+        if self.by_time and not self.has_made_up_stamps:
+            video_fps = self._rate(len(self.shown))
+            chosen = frame_indices(len(self.shown), video_fps, fps, max_frames)
+            frames = self._seek([self.by_time[index] for index in chosen])
             if frames:
-                return torch.stack(frames), len(chosen) / len(shown) * self.fps
+                return torch.stack(frames), len(chosen) / len(self.shown) * video_fps
         return self._decode_through(fps, max_frames)
 
-    def _packets_by_time(self) -> list[int] | None:
-        """Return the places in the file of the packets that are shown, in the order of their time stamps.
+    def _sort_by_time(self) -> list[int] | None:
+        """Return the places of the packets that are shown, in the order of their time stamps.
 
-        None if the stamps don't give an order, because one is absent or stands twice.
+        None if the stamps give no order, because one is absent or stands twice or they start anew on the way.
         """
-        shown = []
-        for place, packet in enumerate(self.packets):
-            if not packet.is_discard:  # discard: cut by an edit list
-                shown.append(place)
-        stamps = [self.packets[place].pts for place in shown]
+        stamps = [self.packets[place].pts for place in self.shown]
         if None in stamps or len(set(stamps)) < len(stamps):
             return None
-        return sorted(shown, key=lambda place: self.packets[place].pts)
+        by_time = sorted(self.shown, key=lambda place: self.packets[place].pts)
+        for early, late in zip(by_time, self.shown):
+            if abs(early - late) > MAX_REORDER:
+                return None
+        return by_time
+
+    def _are_stamps_made_up(self) -> bool:
+        """Whether FFmpeg made the stamps up, which then aren't in the order in which the decoder shows the frames.
+
+        They rise with the packets, or come from a container without such stamps, though the decoder reorders.
+        """
+        if not self.codec.has_b_frames:
+            return False
+        return self.stream.container.format.name in _NO_STAMPS or self.by_time == self.shown
+
+    def _rate(self, total: int) -> float:
+        """Return the frames a second of the `total` frames that there are.
+
+        That is the declared rate where the time stamps agree with it to within a frame (and a tenth), and else theirs:
+        outside MP4 the declared one may be a guess of FFmpeg's out of the first frames, or a limit. Raises MediaError
+        if there is neither.
+        """
+        declared = self.stream.average_rate
+        ticks, steps = self._length(total)
+        if not ticks:  # what the stream itself declares comes before FFmpeg's 25 for want of anything
+            declared = self.stream.guessed_rate or declared
+            if not declared:
+                raise MediaError(self.path, "the video has no frame rate")
+            return float(declared)
+        seconds = ticks * self.stream.time_base
+        if declared and abs(seconds * declared - steps) <= min(1, steps / 10):
+            return float(declared)
+        return float(steps / seconds)
+
+    def _length(self, total: int) -> tuple[int, int]:
+        """Return the time from the first frame to the last, in time stamps, and the steps between frames in it.
+
+        (0, 1) if that isn't known. A single frame has its own length.
+        """
+        if not self.by_time:
+            return 0, 1
+        first = self.packets[self.by_time[0]]
+        last = self.packets[self.by_time[-1]]
+        if total == 1:
+            return last.duration or 0, 1
+        if not self.has_made_up_stamps:
+            return last.pts - first.pts, total - 1
+        stamps = [self.packets[place].dts for place in self.shown]  # those, the container has
+        if None in stamps:
+            return 0, 1
+        return max(stamps) - min(stamps), total - 1
 
     def _seek(self, wanted: list[int]) -> list[Tensor] | None:
         """Return the frames of the packets `wanted` (places in the file), decoding as little as that takes.
 
-        None if one doesn't come out or anything goes wrong: then the packets don't tell what frames there are.
+        None if one doesn't come out, they aren't shown in the order of their stamps, or anything goes wrong: then the
+        packets don't tell what frames there are.
         """
         wanted_stamps = [self.packets[place].pts for place in wanted]
         errors = []
         found = {}  # the picture for each time stamp
         for start, stop in _runs(self.packets, set(wanted)):
             needed = self._needed(range(start, stop), set(wanted))
+            came = []
             for frame in _decode(self.codec, needed, errors):
+                came.append(frame.pts)
                 if frame.pts in wanted_stamps:
                     found[frame.pts] = self._picture(frame)
+            if None in came or came != sorted(came):
+                return None
         if errors or len(found) < len(set(wanted_stamps)):
             return None
         return [found[stamp] for stamp in wanted_stamps]
@@ -221,20 +249,30 @@ class VideoReader:
         self.codec.skip_frame = "DEFAULT"
 
     def _decode_through(self, fps: float, max_frames: int) -> tuple[Tensor, float]:
-        """The slow and sure way: everything is decoded once to count the frames and again to take some of them."""
+        """The slow and sure way: everything is decoded, once more if there aren't as many frames as packets."""
+        total = max(1, len(self.shown))
         errors = []
-        total = sum(1 for _ in _decode(self.codec, self.packets, errors))
-        lost = f"{len(errors)} of {len(self.packets)} video packets can't be decoded"
-        if not total or len(errors) > max(1, MAX_LOST * len(self.packets)):
-            raise MediaError(self.path, f"corrupt: {lost}")
+        for _ in range(3):
+            video_fps = self._rate(total + len(errors))  # lost frames had their time too
+            chosen = frame_indices(total, video_fps, fps, max_frames)
+            errors = []
+            count = 0
+            found = {}
+            for frame in _decode(self.codec, self.packets, errors):
+                if count in chosen:
+                    found[count] = self._picture(frame)
+                count += 1
+            lost = f"{len(errors)} of {len(self.packets)} video packets can't be decoded"
+            if not count or len(errors) > max(1, MAX_LOST * len(self.packets)):
+                raise MediaError(self.path, f"corrupt: {lost}")
+            if count == total:
+                break
+            total = count
+        else:
+            raise MediaError(self.path, "corrupt: other frames each time that it is decoded")
         if errors:
             warnings.warn(f"{self.path}: {lost}; using the other frames", stacklevel=4)
-        chosen = frame_indices(total, self.fps, fps, max_frames)
-        found = {}
-        for index, frame in enumerate(_decode(self.codec, self.packets, errors)):
-            if index in chosen:
-                found[index] = self._picture(frame)
-        return torch.stack([found[index] for index in chosen]), len(chosen) / total * self.fps
+        return torch.stack([found[index] for index in chosen]), len(chosen) / total * video_fps
 
     def _picture(self, frame: av.VideoFrame) -> Tensor:
         """Return a frame as RGB, turned and resized: uint8 (3, H, W)."""

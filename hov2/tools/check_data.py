@@ -216,6 +216,8 @@ def _media_of(sample: Sample, clip: Clip) -> str:
     text = "+".join(sample.paths) or "text"
     if "video" in sample.paths and clip.shape and clip.shape.mel_frames:
         text += " with sound"
+    if clip.shape and clip.shape.audio_lost:
+        text += " with sound that can't be decoded"
     return text
 
 
