@@ -120,6 +120,8 @@ class _Meta:
         rows = data[2] + 1
         columns = data[3] + 1
         width, height = struct.unpack_from(">II" if data[1] & 1 else ">HH", data, 4)
+        if not width or not height:
+            raise ValueError(f"a picture of {width} x {height} pixels")
         if rows * columns != len(tiles):
             raise ValueError(f"a grid of {rows} x {columns} tiles has {len(tiles)}")
         return Grid(tiles, columns, (height, width))

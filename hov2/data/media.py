@@ -241,7 +241,7 @@ def _shortage(
 ) -> str | None:
     """Say in words what the header promises beyond what is in the file, None if nothing; `end` in seconds."""
     name = container.format.name
-    if name == "avi" and _is_whole_riff(path):  # its header counts empty packets too, which FFmpeg passes over
+    if name == "avi" and _is_whole_avi(path):  # its header counts empty packets too, which FFmpeg passes over
         return None
     for stream, count in counts.items():  # with PyAV's end mark: one more than there are
         promised = stream.frames if stream.type == "video" else 0
@@ -250,17 +250,36 @@ def _shortage(
         if promised > count:
             return f"{count - 1} {stream.type} packets where the header counts {promised}"
     promised = (container.duration or 0) / av.time_base
-    if name.startswith("matroska") and end < 0.95 * promised - 1:
+    if name.startswith("matroska") and not _is_whole_matroska(path):
         return f"ends at {end:.1f} s where the header says {promised:.1f} s"
     return None
 
 
-def _is_whole_riff(path: str) -> bool:
+def _is_whole_avi(path: str) -> bool:
     """Whether the outermost chunks of an AVI file, one for each GB, are as long as they say."""
+    size = os.path.getsize(path)
     end = 0
     with open(path, "rb") as file:
-        size = os.path.getsize(path)
         while end + 8 <= size:
             file.seek(end + 4)
             end += 8 + int.from_bytes(file.read(4), "little")
     return end <= size
+
+
+def _is_whole_matroska(path: str) -> bool:
+    """Whether the one segment of a Matroska or WebM file is as long as it says, or doesn't say it."""
+    with open(path, "rb") as file:
+        head = file.read(4096)
+    header_size, start = _matroska_size(head, 4)
+    segment_size, start = _matroska_size(head, start + header_size + 4)
+    return start + segment_size <= os.path.getsize(path)
+
+
+def _matroska_size(head: bytes, at: int) -> tuple[int, int]:
+    """Return the size that stands at a place, 0 for an unknown one, and the place behind it."""
+    if at >= len(head):
+        return 0, at
+    length = 9 - head[at].bit_length()  # as many bytes as there are zeros before the first one, and one
+    value = int.from_bytes(head[at : at + length], "big") - (1 << 7 * length)
+    unknown = (1 << 7 * length) - 1
+    return (0 if value == unknown else value), at + length

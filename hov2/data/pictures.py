@@ -17,6 +17,7 @@ from hov2.data.video import Resizer
 
 BAND = 1 << 20  # pixels whose transparency is worked out at a time
 
+_STRICT = {"err_detect": "explode"}  # or half a JPEG is an image without a word
 _UNREADABLE_TIFF = {6: "JPEG", 7: "JPEG"}  # compressions of which FFmpeg makes a black picture without an error
 
 
@@ -40,7 +41,7 @@ def _largest(container: av.container.InputContainer, stream: av.VideoStream) -> 
 def _first_frame(path: str, container: av.container.InputContainer, stream: av.VideoStream) -> av.VideoFrame:
     """Return the first frame of a stream. Raises MediaError if there is none, or what there is of it is damaged."""
     if stream.codec_context.name != "tiff":  # whose decoder would refuse any file with a tag that it doesn't know
-        stream.codec_context.options = {"err_detect": "explode"}  # or half a JPEG is an image without a word
+        stream.codec_context.options = _STRICT
     try:
         packets = [packet for packet in container.demux(stream) if packet.size]
         frame = _decode_one(stream.codec_context, packets[0]) if packets else None
@@ -122,8 +123,9 @@ def _decode_items(path: str, container: av.container.InputContainer, wanted: set
     """Return the frame of each item `wanted`."""
     streams = {}  # of each item; the tracks of an animation come after the items, and may have the same ids
     for stream in container.streams.video:
-        if stream.id in wanted and stream.codec_context:
-            streams.setdefault(stream.id, stream)
+        if stream.id in wanted and stream.codec_context and stream.id not in streams:
+            stream.codec_context.options = _STRICT
+            streams[stream.id] = stream
     if len(streams) < len(wanted):
         raise MediaError(
             path, f"{len(wanted) - len(streams)} of its {len(wanted)} parts are of no kind that FFmpeg decodes"

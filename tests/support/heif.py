@@ -1,12 +1,13 @@
 """HEIC and AVIF files, written box by box: one picture or a grid of tiles, with or without transparency."""
 
 import struct
+from fractions import Fraction
 
 import av
 import numpy as np
 
 CODECS = {  # of a brand: encoder, its options, item type, configuration box
-    "heic": ("libx265", {"x265-params": "log-level=none:lossless=1"}, b"hvc1", b"hvcC"),
+    "heic": ("libx265", {"x265-params": "log-level=none:bframes=0:lossless=1"}, b"hvc1", b"hvcC"),
     "avif": ("libsvtav1", {"crf": "1", "preset": "8"}, b"av01", b"av1C"),
 }
 ALPHA = b"urn:mpeg:mpegB:cicp:systems:auxiliary:alpha\0"
@@ -33,6 +34,7 @@ def encode(path, brand, pixels):
             frame = av.VideoFrame.from_ndarray(np.concatenate(planes), "yuv420p")
         else:
             frame = av.VideoFrame.from_ndarray(pixels, "rgb24")
+        frame.pts, frame.time_base = 0, Fraction(1, 1)
         container.mux([*stream.encode(frame), *stream.encode(None)])
     content = path.read_bytes()
     at = content.index(config) - 4
