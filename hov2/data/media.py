@@ -5,7 +5,8 @@ choice and sizes are those of qwen-omni-utils 0.0.9; pixels and sound differ fro
 or hear.
 
 As there, frame 0 and sample 0 are the first in the file, whatever their time stamps say; frames are chosen by number,
-not by time; pixel aspect ratios, EXIF orientation and mirrored display matrices are ignored.
+not by time; pixel aspect ratios, EXIF orientation and mirrored display matrices are ignored. Where it differs, because
+the time stamps, tracks or codecs of a file are odd, docs/data.md says how.
 """
 
 import os
@@ -53,16 +54,17 @@ def read_media(
     """Read a local video, sound or image file into a Media.
 
     A video gives frames and, if it has sound, audio; a sound file (cover art or not) only audio; an image one frame. Of
-    an animated GIF, WebP or PNG, the first frame is the image. A video of one frame gives that frame twice. Of several
-    streams of a kind, the first is read.
+    an animated GIF, PNG or AVIF, the first frame is the image. A video of one frame gives that frame twice. Of several
+    streams of a kind, FFmpeg's best that can be decoded is read.
 
     Frames are decoded to RGB at their own size, turned as the file's display matrix says and resized in uint8. Images,
     before resizing, are what Pillow makes of them, with RGBA on white: PNG, GIF, BMP and lossless WebP exactly, JPEG
     and lossy WebP within 4 levels (a PNG's colour key, which Pillow ignores, becomes white). Sound is the mean of the
-    channels, then resampled. The compressed video is held in memory while it's read.
+    channels, then resampled; 0.02 s or less is none. The compressed video is held in memory while it's read.
 
     A file that ends early, or has up to 1 % undecodable video packets or any undecodable sound, is used as far as it
-    goes, with a warning that names it; frames are then chosen among those that can be decoded. A file cut off is only
+    goes, with a warning that names it; frames are then chosen among those that can be decoded. Sound or video of a
+    codec that FFmpeg doesn't know, beside the other, is left out with a warning that names it. A file cut off is only
     noticed where the header says how much there should be (MP4, AVI, Matroska, WebM). A damaged image is refused,
     but for a GIF cut off, of which FFmpeg shows what there is.
 
