@@ -18,12 +18,12 @@ from hov2.toy.rule_judge import RuleJudge
 from hov2.toy.world import CONFIGS, MAIN_TYPES, QUESTIONS, ROOT, WORLD, build_world
 
 STEPS = ("stage1", "filter_stage2", "stage2", "filter_stage3", "stage3", "eval")  # each a config in configs/toy
-# Of the steps that train; the others are evaluate.py's.
+# Of the steps that train; the rest are evaluate.py's.
 SCRIPTS = {"stage1": "train_sft.py", "stage2": "train_grpo.py", "stage3": "train_grpo.py"}
 FILTERED = {"stage2": ROOT / "filter_stage2/kept.jsonl", "stage3": ROOT / "filter_stage3/kept.jsonl"}
 SUMMARY = ROOT / "summary.json"
-# What `python -m hov2.toy` writes in ROOT, and what configs/toy/eval*.json write there about its model, as patterns. All
-# else there is somebody's own.
+# Patterns of what `python -m hov2.toy` writes in ROOT, and of what configs/toy/eval*.json write there about its model.
+# All else there is somebody's own.
 WRITTEN = (WORLD.name, *STEPS[:-1], "eval", "eval_*", SUMMARY.name)
 EVAL_FILES = [WORLD / "eval.json", WORLD / "swapped_sound.json", WORLD / "swapped_picture.json"]
 PROCESSES = 2
