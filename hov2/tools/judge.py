@@ -83,7 +83,12 @@ def questions(config: BaseConfig, rollouts: str | None, count: int) -> list[tupl
 
 def one_line(kind: str, reply: JudgeReply) -> str:
     """Return a row of the table: kind, score or fault, seconds, and the reply."""
-    score = reply.faults[-1].kind if reply.error else f"{reply.score:.2f}"
+    if reply.error is None:
+        score = f"{reply.score:.2f}"
+    elif reply.faults:
+        score = reply.faults[-1].kind
+    else:
+        score = "left alone"
     said = reply.raw if reply.raw is not None else reply.reason
     said = json.dumps(said, ensure_ascii=False)
     if len(said) > WIDTH:

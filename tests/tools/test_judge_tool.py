@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from hov2 import toy
+from hov2 import judge_server, toy
 from hov2.tools import judge as tool
 from tests.test_judge import chat, judged
 
@@ -72,6 +72,14 @@ def test_replies_without_a_score_are_shown(config, capsys):
     rows = [line.split(maxsplit=3) for line in lines[1:-1]]
     assert [row[1] for row in rows] == ["no_score", "cut_off", "http_other"]
     assert rows[0][3] == '"Sure, here is\\nmy score"' and rows[1][3].endswith("...") and "too long" in rows[2][3]
+
+
+def test_a_judge_that_is_not_there(config, capsys, monkeypatch):
+    monkeypatch.setattr(judge_server, "DOWN_AFTER", 2)
+    code, lines, _ = run(capsys, config, "judge.concurrency=1")
+    assert code == 1 and lines[-1].startswith("0 of 3 state a score")
+    rows = [line.split() for line in lines if "127.0.0.1:9: " in line]
+    assert [row[1] for row in rows] == ["refused", "refused", "left"]
 
 
 @pytest.mark.parametrize(
