@@ -9,12 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from hov2.config import BaseConfig, ConfigError, EvalConfig, GRPOConfig, SFTConfig, Source
-from hov2.config_io import _build, config_from_argv, load_config, save_config
-
-
 from hov2.config import BaseConfig, ConfigError, EvalConfig, GRPOConfig, JudgeConfig, SFTConfig, Source
-from hov2.config_io import config_from_argv, load_config, save_config
+from hov2.config_io import _build, config_from_argv, load_config, save_config
 
 ROOT = Path(__file__).parent.parent
 MINIMAL = {"model": "m", "output_dir": "runs/x", "data": [{"path": "train.json"}]}
