@@ -7,7 +7,7 @@ these dataclasses.
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from hov2.rewards import REWARDS
 
@@ -101,18 +101,22 @@ class JudgeConfig(Checked):
     urls: list[str] = field(default_factory=list)  # instead of url: asked in turn, each when those before it fail
     model: str = "judge"  # the model's name at the server
     api_key_env: str | None = None  # name of the environment variable that holds the key
+    max_tokens: int = 256  # of a reply; a judge that reasons first needs thousands, and a longer timeout
+    extra_body: dict[str, Any] = field(default_factory=dict)  # added to the request's JSON; null leaves a field out
     timeout: float = 30.0  # seconds for one request, from connecting to the reply's last byte
-    max_retries: int = 4  # further tries after a request that brought no score
+    max_retries: int = 4  # further tries where nobody answered; waiting for a rate limit is none
     concurrency: int = 32  # requests at a time, of one rank
-    cache: str | None = None  # folder of parsed scores
+    cache: str | None = None  # folder of scores, by urls, model, extra_body and question
     max_missing: float = 0.1  # share of the scores of the last `missing_window` steps that may be missing
     missing_window: int = 10  # steps: the same for all ranks, however many scores each of them asks for
-    on_judge_down: Literal["wait", "continue", "stop"] = "wait"  # when more than that are missing
+    on_judge_down: Literal["wait", "continue", "stop"] = "wait"  # more are missing; wait: while nobody answers
 
     def __post_init__(self):
         """Refuses values that nothing can be asked with."""
         super().__post_init__()
         _need((self.url is None) != (not self.urls), "url, urls: expected one of the two")
+        for name in ("model", "messages", "stream", "n"):
+            _need(name not in self.extra_body, f"extra_body: {name!r} can't be changed here")
 
 
 @dataclass

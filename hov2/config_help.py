@@ -16,7 +16,7 @@ from hov2.config_io import is_required
 
 WIDTH = 100
 COLUMN = 34  # where explanations begin; a longer key has its own line
-IN_WORDS = {str: "text", int: "int", float: "number", bool: "true | false", types.NoneType: "null"}
+IN_WORDS = {str: "text", int: "int", float: "number", bool: "true | false", types.NoneType: "null", Any: "any value"}
 
 
 @dataclass

@@ -130,6 +130,8 @@ def _check(kind: Any, value: Any, where: str) -> Any:
     """Return `value` as the type `kind`, one of the few forms that config.py uses; ConfigError if it isn't one."""
     origin = typing.get_origin(kind)
     arguments = typing.get_args(kind)
+    if kind is Any:
+        return value
     if origin in (types.UnionType, typing.Union):  # X | None; of a Literal it is the latter
         if value is None:
             return None

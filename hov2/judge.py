@@ -9,7 +9,6 @@ import hashlib
 import itertools
 import json
 import random
-import re
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,22 +18,14 @@ from typing import Any
 from hov2.answers import set_f1
 from hov2.config import JudgeConfig
 from hov2.distributed import atomic_write
-from hov2.judge_server import Fault, JudgeError, Server
+from hov2.judge_reply import Answer, Fault, quoted
+from hov2.judge_score import parse_score
+from hov2.judge_server import ANSWERED, JudgeError, Server
 from hov2.prompts import Prompts
 
-_MAX_TOKENS = 32  # of a reply: room for "The score is 4 out of 5"
 _MAX_DELAY = 30.0  # seconds between two tries, at most
-
-# A number, with what it is out of: "4", "4.5", "4/5", "4 (out of 5)". Not one of "4th", "4%", "4,5", "1.2.3".
-_NUMBER = re.compile(
-    r"(?<![\w.,])(\d+(?:\.\d+)?)(?:\s*(?:points?\s*)?\(?(?:/|out of|of)\s*(\d+(?:\.\d+)?))?"
-    r"(?![\w%]|[.,]\d)",
-    re.IGNORECASE | re.ASCII,
-)
-_NAMES_IT = re.compile(r"\b(?:score|rating|points?|pairs?|total|sum)\b", re.IGNORECASE)
-_ALONE = re.compile(rf"^[^\w\n]*{_NUMBER.pattern}[^\w\n]*$", re.IGNORECASE | re.ASCII | re.MULTILINE)
-_UNUSABLE = re.compile(r"[-−]\d|^[-−]|</?\w")  # negative numbers, ranges, markup
-_DENIED = re.compile(r"\b(?:not|no|cannot|unable|error|than)\b[^.\n]*$|n['’]t\b[^.\n]*$", re.IGNORECASE)
+_ABOUT_SCORES = ("cut_off", "no_score")  # faults of the reply's words: the same words get the same reply
+_CLIP = "A woman in a red shirt holds up a sheet with the number 5 on it and laughs."  # for the first question
 
 
 @dataclass(frozen=True)
@@ -46,25 +37,17 @@ class JudgeReply:
     error: str | None = None
     latency: float = 0.0  # seconds from the first request to the reply, all tries included
     faults: tuple[Fault, ...] = ()  # one for each request that failed
+    words: str = ""  # what the server said instead, in quotes; nothing of the prompt or the key
 
+    @property
+    def reason(self) -> str:
+        """`error` with the server's words."""
+        return f"{self.error}: {self.words}" if self.words else str(self.error)
 
-def parse_score(reply: str, maximum: int = 5) -> float | None:
-    """Return the number from 0 to `maximum` that `reply` states as its score, else None.
-
-    "4", "4.5", "**4**", "Score: 4", "4/5", "score is 4 out of 5" are scores. None for a number out of range, another
-    denominator, two numbers that differ, a negative number, markup, and words around it that don't call it a score.
-    """
-    text = re.sub(r"[*_`#]", "", reply).strip()
-    numbers = list(_NUMBER.finditer(text))
-    values = {float(number[1]) for number in numbers}
-    scales = {float(number[2]) for number in numbers if number[2]}
-    if len(values) != 1 or max(values) > maximum or not scales <= {float(maximum)}:
-        return None
-    denied = any(_DENIED.search(text[: number.start()]) for number in numbers)
-    if denied or _UNUSABLE.search(text) or re.search(r"\d", _NUMBER.sub("", text)):
-        return None
-    is_a_score = scales or _NAMES_IT.search(text) or _ALONE.search(text)
-    return values.pop() if is_a_score else None
+    @property
+    def is_down(self) -> bool:
+        """Whether there is no score because nobody answered, so that it may help to wait."""
+        return self.error is not None and not (self.faults and self.faults[-1].kind in ANSWERED)
 
 
 class Judge:
@@ -87,70 +70,90 @@ class Judge:
         """Ask with `prompts.judge_messages(kind, **fields)`, unless the cache has the score."""
         maximum = fields["most"] if kind == "synonyms" else 5
         messages = self.prompts.judge_messages(kind, **fields)
-        path = self._cache and self._cache / f"{_digest(self.config.model, messages)}.json"
+        path = self._cache and self._cache / f"{self._digest(messages)}.json"
         score = _read_score(path) if path else None
         if score is not None:
             return JudgeReply(score)
-        reply = self._ask(messages, maximum)
+        reply = self._ask(messages, maximum, private=[str(text) for text in fields.values()])
         if path and reply.score is not None:
             atomic_write(path, json.dumps({"score": reply.score}))
         self._replies.append(reply)
         return reply
 
     def probe(self) -> JudgeReply:
-        """Ask one small question, also of servers that are left alone; the reply's `error` says why none answered."""
-        return self._ask([{"role": "user", "content": "Reply with the number 5."}])
+        """Ask a rubric's question about an invented clip, also of servers that are left alone; not cached or counted."""
+        messages = self.prompts.judge_messages("context", reference=_CLIP, candidate=_CLIP)
+        return self._ask(messages, 5, private=[], leave_alone=False)
 
     def check(self) -> None:
-        """Ask one small question; raises JudgeError if no server answers as one should."""
+        """Ask one question; raises JudgeError, with the server's words, if no server gives a score."""
         reply = self.probe()
-        if reply.error:
-            urls = ", ".join(server.url for server in self._servers)
-            raise JudgeError(
-                f"no judge at {urls}: {reply.error}; judge.url is what /chat/completions is appended to, "
-                "such as http://localhost:8000/v1, and judge.model the model's name there (judge=null: no judge)"
+        if reply.error is None:
+            return
+        urls = ", ".join(server.url for server in self._servers)
+        kind = reply.faults[-1].kind
+        if kind in _ABOUT_SCORES:
+            advice = (
+                "a judge has to state the score that it is asked for, a number from 0 to 5; one that reasons first "
+                f"needs a higher judge.max_tokens (now {self.config.max_tokens}), or its reasoning turned off by "
+                "judge.extra_body"
             )
+        elif reply.faults[-1].reason in ("HTTP 400", "HTTP 422"):
+            advice = 'fields of the request are changed by judge.extra_body, and left out by null: {"max_tokens": null}'
+        else:
+            advice = (
+                "judge.url is what /chat/completions is appended to, such as http://localhost:8000/v1, and "
+                "judge.model the model's name there (judge=null: no judge)"
+            )
+        raise JudgeError(f"no judge at {urls}: {reply.reason}; {advice}")
 
     def take_replies(self) -> list[JudgeReply]:
         """Return the replies to all that was asked since the last call; the cache's are not among them."""
         replies, self._replies = self._replies, []
         return replies
 
-    def _ask(self, messages: list[dict], maximum: int | None = None) -> JudgeReply:
+    def _ask(self, messages: list[dict], maximum: int, private: list[str], leave_alone: bool = True) -> JudgeReply:
         """Ask the servers in turn until a reply states a score up to `maximum`, or the tries are used up.
 
-        Without a maximum any reply will do, and all servers are asked.
+        `private`: texts that no log may show. `leave_alone`: not the servers where nobody was.
         """
         started = time.monotonic()
-        body = {"model": self.config.model, "messages": messages, "temperature": 0, "max_tokens": _MAX_TOKENS}
-        jitter = random.Random(_digest(self.config.model, messages))  # the same waits in every run
+        jitter = random.Random(messages[0]["content"])  # the same waits in every run
         turn = next(self._turns) % len(self._servers)
         servers = self._servers[turn:] + self._servers[:turn]
-        raw, faults = None, []
+        raw, faults, words = None, [], ""
         for attempt in range(self.config.max_retries + 1):
             wait = self.first_delay * 2**attempt * jitter.uniform(0.5, 1)
             ask_again = []
             for server in servers:
-                if maximum and server.is_left_alone():
-                    error = f"{server.host}: left alone, nobody was there"
+                if leave_alone and server.is_left_alone():
+                    error, words = f"{server.host}: left alone, nobody was there", ""
                     continue
-                reply = server.ask(body)
-                if isinstance(reply, str):
-                    raw = reply
-                    points = parse_score(raw, maximum) if maximum else 1
+                reply = server.ask(messages, faults)
+                if isinstance(reply, Answer):
+                    raw = reply.text
+                    points = parse_score(raw, maximum)
                     if points is not None:
-                        return JudgeReply(points / (maximum or 1), raw, None, time.monotonic() - started, tuple(faults))
-                    reply = Fault("no_score", "the reply states no score")
+                        return JudgeReply(points / maximum, raw, None, time.monotonic() - started, tuple(faults))
+                    reply = Fault("no_score", "the reply states no score", words=raw or "(empty)")
+                if reply.kind in _ABOUT_SCORES:
+                    raw = reply.words
                 faults.append(reply)
-                error = f"{server.host}: {reply.reason}"
+                error, words = f"{server.host}: {reply.reason}", quoted(reply.words, private)
                 wait = max(wait, reply.after)
-                if reply.kind != "http_other":
+                if reply.kind not in ANSWERED and not reply.asks_for_patience:
                     ask_again.append(server)
             servers = ask_again
             if not servers or attempt == self.config.max_retries:
                 break
             time.sleep(min(_MAX_DELAY, wait))
-        return JudgeReply(None, raw, error, time.monotonic() - started, tuple(faults))
+        return JudgeReply(None, raw, error, time.monotonic() - started, tuple(faults), words)
+
+    def _digest(self, messages: list[dict]) -> str:
+        """What a score depends on, as a file's name: another server may have another model of the same name."""
+        config = self.config
+        parts = [config.model, sorted(server.url for server in self._servers), config.extra_body, messages]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 class CompletionJudge:
@@ -180,10 +183,6 @@ class CompletionJudge:
         most = min(len(first), len(second))
         score = self.ask("synonyms", first="\n".join(first), second="\n".join(second), most=most)
         return None if score is None else set_f1(answer, reference, synonyms=score * most)
-
-
-def _digest(model: str, messages: list[dict]) -> str:
-    return hashlib.sha256(json.dumps([model, messages], sort_keys=True).encode()).hexdigest()
 
 
 def _read_score(path: Path) -> float | None:

@@ -40,6 +40,7 @@ _ITEMS = {
 }
 _VIDEO_WITH_AUDIO = "<|vision_bos|><|audio_bos|><|VIDEO|><|audio_eos|><|vision_eos|>"
 SPECIAL_TOKEN = re.compile(r"<\|\w+\|>")  # the form of Qwen's special tokens
+_PARENTHESES = str.maketrans("[]［］【】", "()()()")
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 
@@ -72,16 +73,16 @@ class Prompts:
         ]
 
     def judge_messages(self, kind: str, **fields: object) -> list[dict]:
-        """Return what the judge is asked, as OpenAI chat messages.
+        """Return what the judge is asked, as one OpenAI chat message of the user's: some models know no system role.
 
         `kind` and its `fields`: "context" (reference, candidate), "logic" (context, think), "consistency" (reference,
-        answer), "synonyms" (first, second, most).
+        answer), "synonyms" (first, second, most). In the fields brackets become parentheses, and "<" is followed by a
+        space, so that no text can end its block or hold a control token of the judge's chat template.
         """
         words = self.words["judge"]
-        return [
-            {"role": "system", "content": words["system"]},
-            {"role": "user", "content": fill(words[kind], **fields)},
-        ]
+        harmless = {name: _without_marks(str(value)) for name, value in fields.items()}
+        text = f"{words['system']}\n\n{fill(words[kind], **harmless)}".lstrip()
+        return [{"role": "user", "content": text}]
 
     def _media_line(self, kinds: Iterable[str]) -> str:
         """The line that names the media; "" without any."""
@@ -147,6 +148,12 @@ def _body(content: list[dict], interleave_audio: bool) -> str:
         else:
             parts.append(_ITEMS[item["type"]])
     return "".join(parts)
+
+
+def _without_marks(text: str) -> str:
+    """`text` without what marks the parts of a conversation: [End of candidate], [INST], <|im_end|>, </s>."""
+    text = text.translate(_PARENTHESES)
+    return re.sub(r"([<＜])(?=\S)", r"\1 ", text)
 
 
 def _replaced(words: dict, replacements: Any, where: str) -> dict:

@@ -9,7 +9,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hov2.distributed import Means, gather_objects, print0
@@ -30,6 +30,8 @@ class Score:
     raw: str | None = None  # the judge's reply, if there was one
     error: str | None = None  # why it is missing
     judged: bool = False  # a judge had to give it (it counts for max_missing)
+    judge_is_down: bool = False  # it is missing because nobody answered
+    words: str = ""  # what the judge's server said instead, if a log may show it
 
     @property
     def number(self) -> float:
@@ -72,7 +74,8 @@ class Scorer:
         self.heartbeat = heartbeat
         threads = judge.config.concurrency if judge else 1  # each waits for one reply of the judge at a time
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="score")
-        self._window = deque(maxlen=judge.config.missing_window if judge else 1)  # of a step: why each is missing
+        self._window = deque(maxlen=judge.config.missing_window if judge else 1)  # of a step: its judged scores
+        self._has_quoted = False
 
     def submit(self, name: str, text: str, sample: Any) -> Pending:
         """Start scoring `text`, a completion for `sample`, by the reward `name`.
@@ -85,8 +88,9 @@ class Scorer:
         """Wait for a step's `scores` of all ranks, then act by `on_judge_down` if too many are missing.
 
         The share is that of the last `missing_window` steps and of all ranks. "continue": goes on without them. "wait":
-        all ranks wait until the judge is back, then ask again for what this step misses. "stop", or a judge that is
-        back and still gives no scores: JudgeError, the same on all ranks. Not `together`: a rank by itself.
+        while nobody answers, all ranks wait until the judge is back, then ask again for what this step misses. "stop",
+        or a judge that answers and gives no scores: JudgeError, the same on all ranks. Not `together`: a rank by
+        itself.
         """
         if self.judge is None:
             return
@@ -95,15 +99,19 @@ class Scorer:
         self._window.append([])
         for rounds_left in range(ROUNDS, -1, -1):
             self._wait([score.future for score in scores], gather)
-            self._window[-1] = _errors_of([score.result() for score in scores], gather)
+            self._window[-1] = _judged([score.result() for score in scores], gather)
+            self._quote_one()
             problem = self._too_many_missing()
             if problem is None or what_to_do == "continue":
                 return
+            if what_to_do == "wait" and self._too_many_missing(answered=True):
+                problem += "; the judge answers, so that it is no use to wait for it"
+                what_to_do = "stop"
             if what_to_do == "stop" or rounds_left == 0:
                 raise JudgeError(problem)
             self._wait_for_judge(gather, problem)
             for score in scores:
-                if score.result().missing:
+                if score.result().judge_is_down:
                     score.ask()
 
     def log_stats(self, means: Means) -> None:
@@ -128,17 +136,30 @@ class Scorer:
         free = 0 if self.judge else sum(sample.problem_type == "free-form" for sample in samples)
         return f"no judge: {free} free-form answers are scored by their overlap (ROUGE-L)" if free else ""
 
-    def _too_many_missing(self) -> str | None:
-        """Return what is wrong if the last step misses scores, and the window more of them than it may."""
-        of_window = [error for of_step in self._window for error in of_step]
-        missing = [error for error in of_window if error]
+    def _too_many_missing(self, answered: bool = False) -> str | None:
+        """Return what is wrong if the last step misses scores, and the window more of them than it may.
+
+        `answered`: only those count that are missing although the judge answered.
+        """
+        missing = []
+        for of_step in self._window:
+            in_step = [score for score in of_step if score.missing and not (answered and score.judge_is_down)]
+            missing.extend(in_step)
+        judged = sum(len(of_step) for of_step in self._window)
         max_missing = self.judge.config.max_missing
-        if not any(self._window[-1]) or len(missing) <= max_missing * len(of_window):
+        if not in_step or len(missing) <= max_missing * judged:  # of the last step
             return None
         return (
-            f"{len(missing)} of {len(of_window)} judged scores of the last {len(self._window)} steps are missing, "
-            f"more than judge.max_missing {max_missing:g}; the last: {missing[-1]}"
+            f"{len(missing)} of {judged} judged scores of the last {len(self._window)} steps are missing, "
+            f"more than judge.max_missing {max_missing:g}; the last: {_with_words(missing[-1])}"
         )
+
+    def _quote_one(self) -> None:
+        """Print, once in a run, what a judge's server said where a score should be."""
+        quotable = [score for score in self._window[-1] if score.words]
+        if quotable and not self._has_quoted:
+            self._has_quoted = True
+            print0(f"a judged score is missing: {_with_words(quotable[0])}")
 
     def _wait(self, futures: list[Future], gather: Callable) -> None:
         """Wait for the futures of all ranks. Every few seconds these show each other that they are there: the process
@@ -155,7 +176,7 @@ class Scorer:
             self.heartbeat("judge")
             probe = self._pool.submit(self.judge.probe)
             self._wait([probe], gather)
-            answered = all(gather(probe.result().error is None))
+            answered = not any(gather(probe.result().is_down))
         print0("the judge is back: asking again for what is missing")
 
     def _score(self, name: str, text: str, sample: Any) -> Score:
@@ -163,12 +184,18 @@ class Scorer:
         value = REWARDS[name].score(Completion(text, sample, judge, self.format_rule, self.evaluation))
         reply = judge.reply if judge else JudgeReply(None)
         missing = reply.error is not None
-        return Score(value, missing, reply.raw, reply.error, judged=missing or reply.score is not None)
+        judged = missing or reply.score is not None
+        return Score(value, missing, reply.raw, reply.error, judged, reply.is_down, reply.words)
 
 
-def _errors_of(results: list[Score], gather: Callable) -> list[str | None]:
-    """Return for each score that a judge had to give, on all ranks, why it is missing; None if it isn't."""
-    errors = []
-    for of_rank in gather([result.error for result in results if result.judged]):
-        errors.extend(of_rank)
-    return errors
+def _judged(results: list[Score], gather: Callable) -> list[Score]:
+    """Return the scores of all ranks that a judge had to give, without its replies."""
+    own = [replace(result, raw=None) for result in results if result.judged]
+    scores = []
+    for of_rank in gather(own):
+        scores.extend(of_rank)
+    return scores
+
+
+def _with_words(score: Score) -> str:
+    return f"{score.error}: {score.words}" if score.words else str(score.error)

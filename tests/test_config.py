@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hov2.config import BaseConfig, ConfigError, EvalConfig, GRPOConfig, SFTConfig, Source
+from hov2.config import BaseConfig, ConfigError, EvalConfig, GRPOConfig, JudgeConfig, SFTConfig, Source
 from hov2.config_io import _build, config_from_argv, load_config, save_config
 
 ROOT = Path(__file__).parent.parent
@@ -295,3 +295,24 @@ def test_texts_that_are_none_files_with_marks_and_what_is_too_large_or_deep(writ
             load_config(GRPOConfig, write(MINIMAL), [override])
     with pytest.raises(ConfigError, match=r"config.json: no such config file, or not valid JSON"):
         load_config(GRPOConfig, write("[" * 5000))
+
+
+@pytest.mark.parametrize("name", ["model", "messages", "stream", "n"])
+def test_the_judges_extra_body_cannot_change_what_the_client_needs(name):
+    with pytest.raises(ConfigError, match=f"extra_body: '{name}' can't be changed"):
+        JudgeConfig(url="http://x/v1", extra_body={name: None})
+
+
+def test_the_judges_extra_body_is_any_json(tmp_path):
+    path = tmp_path / "c.json"
+    body = {"max_tokens": None, "chat_template_kwargs": {"enable_thinking": False}, "stop": ["\n"]}
+    values = {"model": "m", "output_dir": "o", "data": [], "judge": {"url": "http://x/v1", "extra_body": body}}
+    path.write_text(json.dumps(values))
+    assert load_config(GRPOConfig, path).judge.extra_body == body
+    overrides = ["judge.extra_body.temperature=null", "judge.max_tokens=4096"]
+    judge = load_config(GRPOConfig, path, overrides).judge
+    assert judge.extra_body == body | {"temperature": None} and judge.max_tokens == 4096
+    with pytest.raises(ConfigError, match="judge: extra_body: expected an object"):
+        load_config(GRPOConfig, path, ["judge.extra_body=[]"])
+    with pytest.raises(ConfigError, match="judge.*max_tokens: at least 1"):
+        load_config(GRPOConfig, path, ["judge.max_tokens=0"])

@@ -48,10 +48,49 @@ SECRET_TEXT = "the woman in the green coat hides a letter"
         ("The candidate names 4 of the clues", None), ("retry in 2 seconds", None), ("４", None), ("1e0", None),
         ("0x4", None),
         ("4" * 5000, None),
+        # the score first, or last, and other numbers beside it
+        ("The score is 4.\n\nMia has 7 pens", 4), ("The score is 4. Mia has 7 pens.", 4),
+        ("Score: 3/5\n\nThe candidate names 3 of the 4 clues.", 3), ("4\nThe 4-year-old boy holds 2 toys.", 4),
+        ("Score: 4. The man in his 20s smiles for the 2nd time.", 4), ("It names 2 people.\nScore: 4", 4),
+        ("The candidate misses the dog. The score is 4.", 4), ("1. Yes\n2. Yes\n3. No\n\nScore: 2", 2),
+        ("Question 1: Yes\nQuestion 2: No\nScore: 1", 1), ("Score: 4. Or rather 3.", None),
+        ("Score: 4. Actually, make that three.", None), ("The score is not 4. It is 3.", None),
+        ("Score: 4\nScore: 3", None), ("The candidate scores points for 3 details", None), ("I give 4 reasons", None),
+        # the rubric's own lines
+        ("4: nearly all; small details are missing or off", 4), ("4 - nearly all", 4), ("4 – nearly all", 4),
+        ("4 (nearly all; small details are off)", 4), ("0: nothing, or a different scene", 0),
+        ("5: all that matters, and nothing that contradicts it", 5), ("5: all that matters\n4: nearly all", None),
+        ("1: yes", None), ("1: yes\n2: no", None), ("4-year-old boy", None), ("4 - 5", None),
+        # sums
+        ("1 + 1 + 1 + 0 + 1 = 4", 4), ("**1 + 1 + 1 + 0 + 1 = 4**", 4), ("Total: 1 + 1 + 0 + 0 + 1 = 3/5", 3),
+        ("The sum of the points is 1 + 1 + 1 + 0 + 1 = 4.", 4), ("4 (1 + 1 + 1 + 0 + 1)", 4),
+        ("1 + 1 + 1 + 0 + 1 = 5", None), ("1 + 1 + 1 + 0 + 1", None), ("Score: 1 + 1 + 1", None), ("4+", None),
+        ("1. Yes (1 point)\n2. No (0 points)\n3. Yes (1 point)\n\nTotal: 2", 2),
+        ("1. Yes (1 point)\n2. No (0 points)\n3. Yes (1 point)\n\nTotal: 3", None), ("heard? Yes (1 point)", None),
+        # other ways to say it
+        ("**Score: 4**", 4), ("I'd give it a 4.", 4), ("Rating: 4 (good)", 4), ("Final answer: 4", 4), ("- Score: 4", 4),
+        ("$\\boxed{4}$", 4), ("Score = 4", 4), ("4/5 stars", 4), ("My rating is 4 because the dog is missing.", 4),
+        # not what is stated
+        ("The maximum score is 5.", None), ("The score would be 4 if it named the dog.", None), ("Is the score 4?", None),
+        ("The score is at least 4.", None), ("The score is between 3 and 4.", None), ("Score: 3-4", None),
+        ("Reply with the score, a number from 0 to 5.", None), ("I'm sorry for your loss", None),
+        ("Give one point for each question that you answer with yes:\n1. Does the reasoning use clues", None),
+        # reasoning ahead of it
+        ("<think>3 or 4? 4.</think>\n\n4", 4), ("3 is low.</think>\n4", 4), ("[THINK]3[/THINK]4", 4),
+        ("<think></think>4", 4), ("<think>4", None), ("<think>3</think>", None), ("4<think>3</think>", None),
     ],
 )  # fmt: skip
 def test_parse_score(reply, score):
     assert parse_score(reply) == score
+
+
+@pytest.mark.parametrize(
+    "piece", ["1 + ", "a ", "4 of ", "<think>", "9.", "- ", "(", "I give ", "\n", "1. a-", "Score: 4. "]
+)
+def test_parse_score_takes_no_time_for_a_long_reply(piece):
+    started = time.monotonic()
+    parse_score(piece * 3000)
+    assert time.monotonic() - started < 1.0
 
 
 def test_parse_score_of_another_range():
@@ -64,8 +103,9 @@ def test_parse_score_of_another_range():
 # ---------------------------------------------------------------------------------------------- a server
 
 
-def chat(text):
-    return 200, {}, json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]})
+def chat(text, finish_reason="stop"):
+    choice = {"message": {"role": "assistant", "content": text}, "finish_reason": finish_reason}
+    return 200, {}, json.dumps({"choices": [choice]})
 
 
 class Server(ThreadingHTTPServer):
@@ -148,6 +188,16 @@ def hang(handler):
     handler.answer(*chat("1"))
 
 
+def drip(handler):
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000000")
+    handler.end_headers()
+    for _ in range(2000):
+        handler.wfile.write(b"x" * 8)
+        handler.wfile.flush()
+        time.sleep(0.01)
+
+
 def half(handler):
     status, headers, body = chat("4")
     handler.answer(status, headers, body[: len(body) // 2], length=len(body))
@@ -196,8 +246,7 @@ def test_no_more_than_concurrency_requests_are_in_flight():
         (200, {}, ""),
         (200, {}, "[]"), (200, {}, '{"choices": []}'), (200, {}, '{"error": "overloaded"}'),
         (200, {}, '{"choices": [{"message": null}]}'),
-        (200, {}, '{"choices": [{"message": {"content": null}}]}'), chat("I would say 4 or 5"), chat(""), chat("7"),
-        half, reset,
+        (200, {}, '{"choices": [{"message": {"content": null}}]}'), half, reset,
     ],
     ids=lambda step: step.__name__ if callable(step) else f"{step[0]} {step[2][:40]}",
 )  # fmt: skip
@@ -211,8 +260,7 @@ def test_failures_that_pass_are_tried_again(failure):
 @pytest.mark.parametrize(
     ("failure", "reason"),
     [
-        ((500, {}, SECRET_TEXT), "HTTP 500"), (chat("4 or 5"), "the reply states no score"),
-        (half, "IncompleteRead"),
+        ((500, {}, SECRET_TEXT), "HTTP 500"), (half, "IncompleteRead"),
         ((200, {}, "<html>"), "the reply is no chat completion"), (reset, "ConnectionResetError"),
     ],
 )  # fmt: skip
@@ -230,6 +278,129 @@ def test_a_refusal_is_not_tried_again(status):
         reply = ask(judge)
         assert reply.score is None and reply.error.endswith(f": HTTP {status}")
         assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "finish_reason", "reason"),
+    [
+        ("I would say 4 or 5", "stop", "the reply states no score"),
+        ("", "stop", "the reply states no score"),
+        ("7", None, "the reply states no score"),
+        ("<think>Well, 4", "stop", "the reply states no score"),
+        (
+            "heard? Yes (1 point)",
+            "length",
+            "the reply was cut off (finish_reason 'length'); judge.max_tokens is its limit",
+        ),
+        ("4", "length", "the reply was cut off (finish_reason 'length'); judge.max_tokens is its limit"),
+        (
+            "4",
+            "content_filter",
+            "the reply was cut off (finish_reason 'content_filter'); judge.max_tokens is its limit",
+        ),
+    ],
+)
+def test_a_reply_without_a_score_is_not_asked_for_again(tmp_path, text, finish_reason, reason):
+    with judged(chat(text, finish_reason), chat("4"), cache=str(tmp_path)) as (judge, server):
+        reply = ask(judge)
+        assert reply.score is None and reply.error.endswith(f": {reason}") and not reply.is_down
+        assert reply.raw == (text or "(empty)") and text[:20] in reply.words
+        assert len(server.requests) == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_another_server_is_asked_once_where_one_states_no_score():
+    with judged(chat("no idea")) as (_, chatty), judged(chat("4")) as (_, good):
+        urls = [chatty.url, good.url]
+        judge = Judge(JudgeConfig(urls=urls), load_prompts(), first_delay=0.001)
+        assert [ask(judge, str(number)).score for number in range(4)] == [0.8] * 4
+        assert (len(chatty.requests), len(good.requests)) == (2, 4)
+
+
+def test_the_rest_of_a_reply_that_drips_is_not_waited_for():
+    with judged(drip, timeout=0.2, max_retries=0) as (judge, _):
+        before = threading.active_count()
+        assert ask(judge).error.endswith("no reply within 0.2 s")
+        deadline = time.monotonic() + 5
+        while threading.active_count() > before and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert threading.active_count() <= before  # the server's thread, too: its client has gone
+
+
+# ---------------------------------------------------------------------------------------------- what servers and models need
+
+
+def message(**fields):
+    return 200, {}, json.dumps({"choices": [{"message": {"role": "assistant"} | fields, "finish_reason": "stop"}]})
+
+
+def test_a_judge_that_reasons_is_told_from_one_that_replies(monkeypatch):
+    thoughts = message(content=None, reasoning_content="The candidate names 3 clues")
+    with judged(thoughts) as (judge, server):
+        with pytest.raises(JudgeError) as error:
+            judge.check()
+        assert len(server.requests) == 1
+        assert "all reasoning, no content (finish_reason 'stop'); judge.max_tokens" in str(error.value)
+        assert '"The candidate names 3 clues"' in str(error.value) and "\n" not in str(error.value)
+    with judged(chat("<think>Let me see. The candidate", "length"), max_tokens=32) as (judge, server):
+        with pytest.raises(JudgeError) as error:
+            judge.check()
+        assert server.requests[0][3]["max_tokens"] == 32
+        assert "cut off (finish_reason 'length')" in str(error.value) and "Let me see." in str(error.value)
+        assert "judge.max_tokens (now 32)" in str(error.value)
+    parts = [{"type": "thinking", "thinking": [{"type": "text", "text": "3"}]}, {"type": "text", "text": "4"}]
+    for reply in (chat("<think>3 or 4?</think>\n\n4"), message(content="4", reasoning="3"), message(content=parts)):
+        with judged(reply, max_tokens=4096) as (judge, _):
+            judge.check()
+            assert logic_scores(judge, 128) == [0.8] * 128
+
+
+def refuses(name, message):
+    """A server that refuses a field of the request, in its own words."""
+
+    def answer(handler):
+        body = handler.server.requests[-1][3]
+        if name in body or any(message["role"] == "system" for message in body["messages"]):
+            handler.answer(400, {}, json.dumps({"error": {"message": message, "code": 400}}))
+        else:
+            handler.answer(*chat("4"))
+
+    return answer
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "temperature"])
+def test_fields_that_a_server_refuses_can_be_left_out(name):
+    words = f"Unsupported parameter: '{name}' is not supported with this model."
+    with judged(refuses(name, words)) as (judge, _):
+        with pytest.raises(JudgeError) as error:
+            judge.check()
+        assert f'HTTP 400: "{words}"' in str(error.value) and "judge.extra_body" in str(error.value)
+    extra = {name: None, "max_completion_tokens": 1024, "chat_template_kwargs": {"enable_thinking": False}}
+    with judged(refuses(name, words), extra_body=extra) as (judge, server):
+        judge.check()
+        body = server.requests[0][3]
+        assert body["max_completion_tokens"] == 1024 and body["chat_template_kwargs"] == {"enable_thinking": False}
+        assert body.keys() == {"model", "messages", "temperature", "max_tokens", *extra} - {name}
+
+
+def test_the_first_question_needs_a_score():
+    with judged(chat("I'm sorry for your loss")) as (judge, server):
+        with pytest.raises(JudgeError, match="the reply states no score: .*I'm sorry for your loss.*from 0 to 5"):
+            judge.check()
+        [request] = server.requests
+        assert load_prompts().words["judge"]["context"].splitlines()[0] in request[3]["messages"][0]["content"]
+    with judged((400, {}, '{"message": "This model\'s maximum context length is 2048 tokens."}')) as (judge, _):
+        reply = ask(judge)
+        assert not reply.is_down and reply.words == '"This model\'s maximum context length is 2048 tokens."'
+
+
+def test_words_of_a_server_that_repeat_the_prompt_are_not_quoted():
+    echo = json.dumps({"message": f"can't score: {SECRET_TEXT}"})
+    for step in (chat(f"The answer, '{SECRET_TEXT}', is 3 or 4"), (400, {}, echo), (400, {}, json.dumps(echo))):
+        with judged(step) as (judge, _):
+            reply = ask(judge)
+            assert reply.error and reply.words == ""
+    with judged(chat("say 4 or 5\n" + "so " * 500)) as (judge, _):
+        assert len(ask(judge).words) < 220
 
 
 def test_a_hanging_server_is_given_up_in_time():
@@ -276,7 +447,7 @@ def test_a_dead_server_is_missing_and_check_names_it():
 
 
 def test_check():
-    with judged((503, {}, "loading"), chat("any words")) as (judge, server):
+    with judged((503, {}, "loading"), chat("4")) as (judge, server):
         judge.check()
         assert len(server.requests) == 2
         assert stats(judge)["requests"] == 0
@@ -315,10 +486,15 @@ def test_the_cache_saves_requests_and_holds_scores_only(tmp_path):
         assert all(len(file.stem) == 64 and file.suffix == ".json" for file in files)
 
 
-def test_the_cache_outlives_a_judge_and_tells_models_apart(tmp_path):
-    for model, requests in (("a", 1), ("a", 0), ("b", 1)):
-        with judged(chat("4"), cache=str(tmp_path), model=model) as (judge, server):
-            assert ask(judge).score == 0.8
+def test_the_cache_outlives_a_judge_and_tells_judges_apart(tmp_path):
+    with judged(chat("4")) as (_, server), judged(chat("2")) as (_, other):
+        config = {"url": server.url, "cache": str(tmp_path), "model": "a"}
+        for change, score, requests in (
+            ({}, 0.8, 1), ({}, 0.8, 1), ({"model": "b"}, 0.8, 2), ({"extra_body": {"seed": 1}}, 0.8, 3),
+            ({"max_tokens": 999, "timeout": 9.0}, 0.8, 3), ({"url": other.url}, 0.4, 3),
+        ):  # fmt: skip
+            judge = Judge(JudgeConfig(**config | change), load_prompts())
+            assert ask(judge).score == score
             assert len(server.requests) == requests
 
 
@@ -442,7 +618,7 @@ def test_context_and_logic_ask_with_the_blocks():
     with judged(chat("4"), chat("3")) as (judge, server):
         assert context_score(judge, FULL, REFERENCE) == 0.8
         assert logic_score(judge, FULL) == 0.6
-        context, logic = (request[3]["messages"][1]["content"] for request in server.requests)
+        context, logic = (request[3]["messages"][0]["content"] for request in server.requests)
         assert "[Reference]\na man waits alone\n" in context and "[Candidate]\na man waits\n" in context
         assert "[Description]\na man waits\n" in logic and "[Reasoning]\nhe is sad\n" in logic
 
@@ -473,7 +649,7 @@ def test_synonyms_count_as_one():
     with judged(chat("1"), chat("3"), max_retries=0) as (judge, server):
         # one word shared, one pair of synonyms: 2 of 3 predicted, 2 of 2 expected: F1 = 4 / 5
         assert CompletionJudge(judge).synonyms({"sad", "joyful", "tired"}, {"sad", "happy"}) == pytest.approx(0.8)
-        question = server.requests[0][3]["messages"][1]["content"]
+        question = server.requests[0][3]["messages"][0]["content"]
         assert "[First list]\njoyful\ntired\n" in question and "[Second list]\nhappy\n" in question
         assert "from 0 to 1" in question
         assert CompletionJudge(judge).synonyms({"sad", "joyful"}, {"happy"}) is None  # 3 pairs of at most 1: no score

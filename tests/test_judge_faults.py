@@ -10,12 +10,10 @@ import threading
 import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from hov2 import judge as judge_module
-from hov2 import judge_server, scoring, toy
+from hov2 import judge_server, pace, scoring, toy
 from hov2.config import JudgeConfig
 from hov2.data.samples import Sample
 from hov2.distributed import Means
@@ -30,7 +28,7 @@ from tests.support.judge_ranks import GROUP_TIMEOUT
 ROOT = Path(__file__).resolve().parent.parent
 KEY = "sk-very-secret-0123456789"
 SECRET_TEXT = "the woman in the green coat hides a letter"
-ONE_FAULT = [kind for kind in FAULTY if kind not in ("404", "outage")]  # those that another try mends
+ONE_FAULT = [kind for kind in FAULTY if kind not in ("404", "no score", "outage")]  # those that another try mends
 
 
 @contextmanager
@@ -101,19 +99,22 @@ def test_a_fault_that_passes_costs_a_try(fault, secrets_kept):
         secrets_kept += [reply.faults, found, judge]
 
 
-@pytest.mark.parametrize("fault", [*ONE_FAULT, "404"])
-def test_a_fault_that_stays_is_a_missing_score(fault, secrets_kept):
-    slow, tries = KIND[fault] == "timeout", 1 if fault == "404" else 2
+@pytest.mark.parametrize("fault", [*ONE_FAULT, "404", "no score"])
+def test_a_fault_that_stays_is_a_missing_score(fault, secrets_kept, monkeypatch):
+    monkeypatch.setattr(pace, "PATIENCE", 0.5)
+    slow = KIND[fault] == "timeout"
     config = {"timeout": 0.3 if slow else 20.0, "max_retries": 1, "api_key_env": "JUDGE_KEY"}
     with judged([fault], **config) as (judge, server):
         reply = ask(judge)
         assert reply.score is None and reply.error.startswith(f"127.0.0.1:{server.port}: ")
-        assert reply.faults[0].kind == KIND[fault] and len(reply.faults) == tries == stats(judge)["faults"].total()
-        if fault != "no score":
-            with pytest.raises(JudgeError) as error:
-                judge.check()
-            secrets_kept += [error.value]
-        secrets_kept += [reply.error, reply.faults, repr(judge)]
+        assert reply.faults[0].kind == KIND[fault] and len(reply.faults) == stats(judge)["faults"].total()
+        if fault in ("404", "no score"):
+            assert len(reply.faults) == 1 and not reply.is_down
+        else:
+            assert reply.is_down
+        with pytest.raises(JudgeError) as error:
+            judge.check()
+        secrets_kept += [error.value, reply.error, reply.words, reply.faults, repr(judge)]
 
 
 def test_every_kind_of_fault_is_counted_under_a_known_name():
@@ -128,13 +129,13 @@ def test_a_server_that_drips_is_cut_off_at_the_deadline(where):
         assert reply.error.endswith("no reply within 0.5 s") and reply.latency >= 0.5
 
 
-def test_a_long_wait_that_the_server_asks_for_has_a_limit(monkeypatch):
+def test_a_wait_beyond_all_patience_is_not_waited_for(monkeypatch):
     monkeypatch.setitem(FAULTY, "429", lambda h: h.say(429, "", Retry_After="9999"))
-    with judged(["429"], max_retries=2) as (judge, _):
-        waits = []
-        monkeypatch.setattr(judge_module, "time", SimpleNamespace(monotonic=time.monotonic, sleep=waits.append))
-        assert ask(judge).error.endswith("HTTP 429")
-        assert waits == [30.0, 30.0]
+    with judged(["429"]) as (judge, server):
+        assert [ask(judge, number).error.partition(": ")[2] for number in range(3)] == [
+            "HTTP 429", "left alone, it takes no requests", "left alone, it takes no requests"
+        ]  # fmt: skip
+        assert server.asked == 1
 
 
 def test_a_restart_in_mid_step_costs_no_score(monkeypatch):
@@ -308,11 +309,40 @@ def test_waiting_ends_with_every_score(capfd, soon_down):
     assert back == "the judge is back: asking again for what is missing"
 
 
-def test_a_judge_that_is_back_without_scores_ends_the_wait():
+def test_a_judge_that_answers_without_scores_is_not_waited_for():
     with judged(["no score"], max_retries=0) as (judge, server):
-        with pytest.raises(JudgeError, match="3 of 3 judged scores .* the reply states no score"):
+        with pytest.raises(
+            JudgeError, match="3 of 3 .* states no score: .*I would say 0 or 1.*; the judge answers, so"
+        ):
             step(Scorer(judge), 3)
-        assert server.asked == 3 + scoring.ROUNDS * 4  # and the small question each time
+        assert server.asked == 3
+
+
+def test_one_reply_without_a_score_is_quoted(capfd):
+    with judged([None, None, "no score", None], concurrency=1) as (judge, server):
+        scorer = scorer_of(judge, max_missing=0.5)
+        assert step(scorer, 4).count(None) == 1
+        server.script = ["no score", None]
+        assert step(scorer, 4, first=4).count(None) == 1
+    [line] = capfd.readouterr().out.splitlines()
+    assert line == (
+        f'a judged score is missing: 127.0.0.1:{server.port}: the reply states no score: "I would say 0 or 1"'
+    )
+
+
+def test_an_outage_is_waited_for_although_some_replies_state_no_score(capfd, soon_down):
+    script = ["no score", *[None] * 9, "outage", None]
+    with judged(script, concurrency=1, max_retries=0, max_missing=0.1, missing_window=1) as (judge, server):
+
+        def revive(phase):
+            with server.changing:  # it is down as a whole
+                if server.stopped.is_set():
+                    server.up()
+
+        scorer = Scorer(judge, heartbeat=revive)
+        assert step(scorer, 16) == [None] + [0.8] * 15
+        assert server.asked == 16 + 2  # and whether it is back, and what was cut off by the outage
+    assert "the judge is back" in capfd.readouterr().out
 
 
 def test_counts_of_faults_reach_the_metrics():

@@ -43,7 +43,7 @@ class Run:
 
 
 def start(config: BaseConfig, device: torch.device, trained: bool = True) -> Run:
-    """Load everything that `config` names, check that its judge can be reached, and write the resolved config.
+    """Load everything that `config` names, check that its judge gives a score, and write the resolved config.
 
     `device` is from `distributed.setup`; `trained` as for `load_policy`. Raises the parts' own errors: ModelError,
     JudgeError, PromptsError; and ConfigError for a step that the processes can't share evenly.

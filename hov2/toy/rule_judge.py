@@ -105,10 +105,7 @@ class JudgeHandler(BaseHTTPRequestHandler):
 
 
 def answer_to(question: str) -> str:
-    """Return the judge's words: the score of the question's texts, and the full score if it has none.
-
-    A question without texts is the client's first one, which asks whether anybody is there.
-    """
+    """Return the judge's words: the score of the question's texts, and the full score if it has none."""
     texts = {name.lower(): text for name, text in MARKED_TEXT.findall(question)}
     score = rule_score(texts) if texts else FULL_SCORE
     if score is None:
