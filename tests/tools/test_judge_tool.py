@@ -87,7 +87,7 @@ def test_a_judge_that_is_not_there(config, capsys, monkeypatch):
     [
         (["judge=null"], "it has no judge"),
         (["--rollouts", "missing.jsonl"], "missing.jsonl: not a run's rollouts.jsonl: FileNotFoundError"),
-        (["data=[]"], "nothing to ask a judge"),
+        (["data=[]"], "data: expected at least one data file"),
         (["judge.url=x"], "judge.url: expected a base like"),
         (["judge.extra_body=4"], "judge: extra_body: expected an object"),
     ],
