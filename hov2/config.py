@@ -12,6 +12,7 @@ from typing import Any, Literal
 from hov2.rewards import REWARDS
 
 RewardName = Literal[tuple(REWARDS)]
+SENSES = ("video", "audio")  # the picture, also that of an image, and the sound
 MAY_BE_0 = ("top_k", "max_retries", "max_bad_steps", "dump_every")  # beside the whole numbers whose default is 0
 # fmt: off
 ABOVE_0 = (
@@ -301,6 +302,9 @@ class EvalConfig(BaseConfig):
     data: list[Source] = field(default_factory=list)
     benchmark: Literal["intentbench", "daily-omni", "worldsense"] | None = None  # instead of data
     benchmark_root: str | None = None  # the benchmark's folder, as its authors publish it
+    only: str | None = None  # file of ids, one a line or a JSON list: no other questions are asked
+    exclude: str | None = None  # likewise: these questions are left out
+    senses: list[Literal[SENSES]] = field(default_factory=lambda: list(SENSES))  # the other medium is left out
     system_prompt: str = "hov2"  # hov2: that of the prompts; none; qwen: the model's own default; else a text file
     max_completion_length: int = 2048  # tokens of an answer
     batch_size: int = 8  # questions decoded together on one rank
@@ -317,6 +321,7 @@ class EvalConfig(BaseConfig):
         _need_local("benchmark_root", self.benchmark_root)
         _need(bool(self.data) != bool(self.benchmark), "data, benchmark: expected one of the two")
         _need(bool(self.benchmark) == bool(self.benchmark_root), "benchmark, benchmark_root: expected both, or neither")
+        _need(self.senses, f"senses: expected at least one of {', '.join(SENSES)}")
         _need(
             self.num_samples == 1 or self.temperature,
             f"num_samples: {self.num_samples} greedy answers are one answer; set a temperature",

@@ -21,19 +21,19 @@ AnyConfig = TypeVar("AnyConfig")
 IN_WORDS = {dict: "an object", list: "a list", float: "a number"}  # types whose own names JSON doesn't have
 
 
-def load_config(cls: type[AnyConfig], path: str | Path, overrides: Iterable[str] = ()) -> AnyConfig:
-    """Read `path` (JSON) into the dataclass `cls`, and apply `key=value` overrides.
+def load_config(cls: type[AnyConfig], path: str | Path | None, overrides: Iterable[str] = ()) -> AnyConfig:
+    """Read `path` (JSON) into the dataclass `cls`, and apply `key=value` overrides; without a path there are only these.
 
     Raises ConfigError for a missing file, broken JSON, an unknown key (naming the nearest known one), a missing
     required key, or a value of the wrong type.
     """
-    values = _read_json(path)
+    values = _read_json(path) if path else {}
     for override in overrides:
         _apply_override(values, override)
     try:
-        return _build(cls, values, where=str(path))
+        return _build(cls, values, where=str(path or "key=value"))
     except RecursionError:
-        raise ConfigError(f"{path}: nested too deeply") from None
+        raise ConfigError(f"{path or 'key=value'}: nested too deeply") from None
 
 
 def read_config(path: str | Path, overrides: Iterable[str] = ()) -> BaseConfig:
@@ -55,8 +55,8 @@ def save_config(config: BaseConfig, folder: str | Path) -> None:
     (folder / "config.json").write_text(text + "\n")
 
 
-def config_from_argv(cls: type[AnyConfig], argv: Sequence[str], default: str) -> AnyConfig:
-    """Read the config that `[config.json] [key=value ...]` names; `default` is its file when none is named."""
+def config_from_argv(cls: type[AnyConfig], argv: Sequence[str], default: str | None) -> AnyConfig:
+    """Read the config that `[config.json] [key=value ...]` names; `default` is its file, if any, when none is named."""
     overrides = [argument for argument in argv if "=" in argument]
     paths = [argument for argument in argv if "=" not in argument]
     has_option = any(argument.startswith("-") for argument in argv)

@@ -16,10 +16,11 @@ from xml.etree import ElementTree
 
 import pytest
 
+from evaluate import score_arguments
 from hov2.answers import PROBLEM_TYPES, check_reference
 from hov2.config import EvalConfig, GRPOConfig, SFTConfig
 from hov2.config_help import config_keys
-from hov2.config_io import load_config
+from hov2.config_io import config_from_argv, load_config
 from hov2.data.formats import CONVERTERS
 from hov2.data.samples import to_sample
 from hov2.tools import report
@@ -117,7 +118,7 @@ def test_switches_that_restore_the_released_code_are_config_keys():
     switches = [switch for row in rows for switch in re.findall(r"`([\w.]+): ([^`]+)`", row[-2])]
     assert len(switches) > 10
     for key, value in switches:
-        kind, config = {"train_on_prompt": (SFTConfig, "stage1"), "temperature": (EvalConfig, "eval")}.get(
+        kind, config = {"train_on_prompt": (SFTConfig, "stage1"), "temperature": (EvalConfig, "eval_intentbench")}.get(
             key, (GRPOConfig, "stage2")
         )
         load_config(kind, ROOT / "configs" / f"{config}.json", [f"{key}={value}"])
@@ -203,6 +204,10 @@ def config_of(words):
     script = next(word for word in words if word in SCRIPTS)
     config_class, default = SCRIPTS[script]
     arguments = words[words.index(script) + 1 :]
+    if arguments[:1] == ["--score"]:
+        return config_from_argv(config_class, score_arguments(arguments[1], arguments[2:]), None)
+    if arguments[:1] == ["--senses"]:
+        arguments = arguments[1:]
     overrides = [word for word in arguments if "=" in word]
     paths = [word for word in arguments if "=" not in word] or [f"configs/toy/{default}.json"]
     assert len(paths) == 1, words

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hov2.config import MediaConfig
+from hov2.config import SENSES, MediaConfig
 from hov2.data.formats import DataError
 from hov2.data.media import Media, MediaError, read_media
 from hov2.data.samples import Sample, SkipSample
@@ -77,6 +77,7 @@ class InputMaker:
     """Reads a sample's media and writes its prompt, with a run's settings: `maker(sample) -> Inputs`.
 
     `known` maps a media key to the MediaShape of a clip whose encoding the model keeps: such a clip isn't read again.
+    `senses`: without "video" no picture, without "audio" no sound reaches the prompt, whatever the clip has.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -85,6 +86,7 @@ class InputMaker:
     max_prompt_length: int | None = None
     on_long_prompt: str = "error"
     known: dict[tuple, MediaShape] = field(default_factory=dict)  # of model.Encoder
+    senses: tuple[str, ...] = SENSES
 
     def __call__(self, sample: Sample) -> Inputs:
         """Return the sample's inputs, at most `max_prompt_length` tokens long.
@@ -113,18 +115,23 @@ class InputMaker:
     def _inputs(self, sample: Sample, settings: MediaConfig) -> Inputs:
         """The sample's inputs, however long."""
         key = media_key(sample, settings)
+        if key and self.senses != SENSES:
+            key = (*key, *self.senses)
         if key in self.known:
             shape, pixel_values, input_features = self.known[key], None, None
         else:
-            shape, pixel_values, input_features = load_media(sample.paths, settings)
+            shape, pixel_values, input_features = load_media(sample.paths, settings, self.senses)
         prompt_ids = _prompt_ids(sample, self.tokenizer, self.prompts, shape)
         return Inputs(torch.tensor(prompt_ids), shape, key, pixel_values, input_features)
 
 
-def load_media(paths: dict[str, str], settings: MediaConfig) -> tuple[MediaShape, Tensor | None, Tensor | None]:
+def load_media(
+    paths: dict[str, str], settings: MediaConfig, senses: tuple[str, ...] = SENSES
+) -> tuple[MediaShape, Tensor | None, Tensor | None]:
     """Read a sample's `paths` and return their shape, patches (or None) and mel frames (or None).
 
-    Raises MediaError for a file that can't be used, or that holds something else than its place in `paths` says.
+    Only what `senses` has, "video" (of an image, too) and "audio", is kept. Raises MediaError for a file that can't be
+    used, or that holds something else than its place in `paths` says.
     """
     shape = MediaShape()
     pixel_values = None
@@ -138,17 +145,17 @@ def load_media(paths: dict[str, str], settings: MediaConfig) -> tuple[MediaShape
             max_pixels=settings.max_pixels,
         )
         _check_kind(kind, path, media)
-        if kind != "audio":
+        if kind != "audio" and "video" in senses:
             pixel_values, grid_thw = patchify(media.frames)
             shape = replace(shape, visual_kind=kind, grid_thw=grid_thw)
-        if kind == "video":
-            shape = replace(shape, second_per_grid=2 / media.sample_fps)
-        if kind != "image" and media.audio is not None:
+            if kind == "video":
+                shape = replace(shape, second_per_grid=2 / media.sample_fps)
+        if kind != "image" and "audio" in senses and media.audio is not None:
             input_features = log_mel(media.audio)
             shape = replace(shape, mel_frames=input_features.shape[1], audio_cut=media.audio_cut)
-        if media.audio_lost:
+        if "audio" in senses and media.audio_lost:
             shape = replace(shape, audio_lost=True)
-    if settings.interleave_audio and "video" in paths and input_features is not None:
+    if settings.interleave_audio and shape.visual_kind == "video" and input_features is not None:
         shape = replace(shape, interleaved=True)
     return shape, pixel_values, input_features
 
@@ -172,7 +179,12 @@ def kind_of(media: Media) -> str:
 
 def _prompt_ids(sample: Sample, tokenizer: PreTrainedTokenizerBase, prompts: Prompts, shape: MediaShape) -> list[int]:
     """Token ids of the chat up to the assistant's turn, each media placeholder once per token of its medium."""
-    sample = replace(sample, has_sound="video" in sample.paths and shape.audio_tokens > 0)
+    has_sound = "video" in sample.paths and shape.audio_tokens > 0
+    present = [shape.visual_kind]  # what the senses have left
+    if shape.audio_tokens > 0:
+        present.append("audio")
+    paths = {kind: path for kind, path in sample.paths.items() if kind in present}
+    sample = replace(sample, paths=paths, has_sound=has_sound)
     try:
         text = render(prompts.chat(sample), interleave_audio=shape.interleaved)
     except ValueError as error:  # a control token among the words

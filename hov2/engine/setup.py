@@ -4,7 +4,7 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,16 +64,22 @@ def start(config: BaseConfig, device: torch.device, trained: bool = True) -> Run
     return Run(config, device, policy, tokenizer, make, encoder, judge)
 
 
-def command(main: Callable[[BaseConfig], None], config_class: type[BaseConfig], default: str | None) -> None:
+def command(
+    main: Callable[[BaseConfig], None],
+    config_class: type[BaseConfig],
+    default: str | None,
+    argv: Sequence[str] | None = None,
+) -> None:
     """Run `main(config)` with the config that the command line names; a user's error ends it with one line, code 1.
 
-    Of ranks that fail, the first says why. The others end within seconds, wherever they are. `--help` only prints.
+    `argv`: in place of the arguments of the command line. Of ranks that fail, the first says why. The others end within
+    seconds, wherever they are. `--help` only prints.
     """
     if "--help" in sys.argv or "-h" in sys.argv:
         print(help_text(config_class, sys.argv[0], sys.modules[main.__module__].__doc__, default))
         return
     try:
-        main(config_from_argv(config_class, sys.argv[1:], default))
+        main(config_from_argv(config_class, sys.argv[1:] if argv is None else argv, default))
         return
     except Exception as error:  # noqa: BLE001, it is shown, and the process ends
         if isinstance(error, (*USER_ERRORS, FloatingPointError)):

@@ -1,7 +1,7 @@
-"""IntentBench, Daily-Omni and WorldSense as their authors publish them: questions, columns of a report, published rows.
+"""IntentBench, Daily-Omni and WorldSense as their authors publish them: questions, and the columns of their tables.
 
-`read_benchmark` reads a published folder. `columns` turns evaluated records (evaluator.py) into the columns of the
-HumanOmniV2 paper's tables and of the official leaderboards, `render` into text, with the published rows beside. Every
+`read_benchmark` reads a published folder. `columns` turns evaluated records (records.py) into the columns of the
+HumanOmniV2 paper's tables and of the official leaderboards; tables.py shows them with the published rows beside. Every
 score is an average over questions, so `Avg` is never a mean of columns; a question that could not be scored is left
 out and counted.
 """
@@ -9,7 +9,8 @@ out and counted.
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,16 +18,15 @@ from hov2.answers import check_reference
 from hov2.data.formats import DataError
 from hov2.data.records import check_local, check_values, read_json, read_records
 from hov2.data.samples import Sample, read_texts, text_field
-from hov2.evaluation.results import mean, table
+from hov2.evaluation.results import mean, some
 
-# By benchmark. "columns" are [breakdown, label, number of questions] by column of the paper's table; "rows" have their
-# accuracies in %, Avg last, printed with "digits"; "breakdowns" are [field of a record, labels that come first beside
-# the columns']; "note" is printed below the table; IntentBench's "rules" are {what a question goes by: {its value, in
-# lower case without signs: column}}.
+# By benchmark. "columns" are [breakdown, label, number of questions] by column of the paper's table. "published" are
+# sources with their date (null: not known) and rows: accuracies in % of the columns and Avg, printed with "digits", or
+# Avg alone. "breakdowns" are [field of a record, labels that come first beside the columns']; "notes" are printed below
+# the table; IntentBench's "rules" are {what a question goes by: {its value, in lower case without signs: column}}.
 PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
 NOT_GIVEN = "(not given)"  # the column of questions without the field that a breakdown goes by
 
-Interval = Callable[[list[float]], Sequence[float]]  # from the accuracies of a column to (low, high) in [0, 1]
 Score = tuple[float | None, int]  # the mean, and over how many scored questions
 
 
@@ -38,21 +38,24 @@ def read_benchmark(name: str, folder: str | Path) -> list[Sample]:
 
     `name`: "intentbench" (qa.json, videos/), "daily-omni" (qa.json, Videos/ID/ID_video.mp4) or "worldsense"
     (worldsense_qa.json, videos/ID.mp4). `extra` keeps the benchmark's own fields, except for WorldSense's long
-    video_caption. Ids are unique: the record's number follows one that is taken. Clips aren't looked into. Raises
-    DataError for the first record that can't be used.
+    video_caption. Ids are unique: the record's number follows one that is taken. A clip is where the benchmark has it,
+    else wherever Clips finds it by its name; one that is nowhere is no error here (`missing_clips`). Raises DataError
+    for the first record that can't be used, and for a clip of which there are two.
     """
     if name not in LAYOUTS:
         raise DataError(f"unknown benchmark {name!r}; known: {', '.join(LAYOUTS)}")
     layout = LAYOUTS[name]
     path = Path(folder) / layout.file
     problem_type = None if name == "intentbench" else "multiple choice"  # None: each record says it
+    clips = Clips(folder)
     samples = {}
     for where, key, record in _records(name, path):
         for question in layout.questions(record, where, key):
             own_id = question.id
             if own_id in samples:
                 own_id = f"{own_id}#{key}"
-            samples[own_id] = _sample(question, own_id, problem_type, path, layout.places)
+            clip = clips.find(layout.clip.format(question.clip), question.where)
+            samples[own_id] = _sample(question, own_id, problem_type, path, clip)
     return list(samples.values())
 
 
@@ -102,18 +105,13 @@ class Layout:
     file: str
     kind: type  # of what the file holds: a list of records, or a dict of videos
     questions: Callable[..., Iterator[_Question]]  # from a record, where it is, and its number or video
-    places: tuple[str, ...]  # where a clip may be; the last one is named if it is nowhere
+    clip: str  # where the clip {0} is
 
 
 LAYOUTS = {
-    "intentbench": Layout("qa.json", list, _read_intentbench, ("{0}", "videos/{0}")),
-    "daily-omni": Layout(
-        "qa.json",
-        list,
-        _read_daily_omni,
-        ("videos/{0}/{0}_video.mp4", "{0}/{0}_video.mp4", "Videos/{0}/{0}_video.mp4"),
-    ),
-    "worldsense": Layout("worldsense_qa.json", dict, _read_worldsense, ("{0}.mp4", "videos/{0}.mp4")),
+    "intentbench": Layout("qa.json", list, _read_intentbench, "videos/{0}"),
+    "daily-omni": Layout("qa.json", list, _read_daily_omni, "Videos/{0}/{0}_video.mp4"),
+    "worldsense": Layout("worldsense_qa.json", dict, _read_worldsense, "videos/{0}.mp4"),
 }
 NO_EXTRA = ("solution", "problem_type", "data_type", "video", "path", "video_caption")
 
@@ -149,7 +147,7 @@ def _object(value: object, where: str) -> dict:
     return value
 
 
-def _sample(question: _Question, own_id: str, problem_type: str | None, path: Path, places: tuple[str, ...]) -> Sample:
+def _sample(question: _Question, own_id: str, problem_type: str | None, path: Path, clip: str) -> Sample:
     """Return a question as a Sample; DataError if a text of it is at fault. `problem_type` None: its record says it."""
     where = question.where
     fields = question.fields
@@ -170,16 +168,64 @@ def _sample(question: _Question, own_id: str, problem_type: str | None, path: Pa
         data_type="video",
         source=str(path),
         extra={field: value for field, value in question.record.items() if field not in left_out},
-        paths={"video": _find(path.parent, [place.format(question.clip) for place in places])},
+        paths={"video": clip},
     )
 
 
-def _find(root: Path, names: list[str]) -> str:
-    """Return the absolute path of the first of `names` that exists under `root`, of the last if none does."""
-    for name in names:
-        if (root / name).exists():
-            return os.path.abspath(root / name)
-    return os.path.abspath(root / names[-1])
+# ---- Clips ----
+
+DEPTH = 3  # folders down to a clip: videos/, one that an archive brought along, one of the clip's own
+
+
+class Clips:
+    """The files in a benchmark's folder and in the folders below it, listed once, to be found by name."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(os.path.abspath(folder))
+        self.paths = {}  # {folded name: paths}
+        self._list(self.folder, DEPTH)
+
+    def _list(self, folder: Path, depth: int) -> None:
+        if not folder.is_dir():
+            return
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            if not entry.is_dir():
+                self.paths.setdefault(_folded(entry.name), []).append(entry.path)
+            elif depth > 0:
+                self._list(Path(entry.path), depth - 1)
+
+    def find(self, place: str, where: str) -> str:
+        """Return the path of a clip that should be at `place`, or of one with its name in another folder.
+
+        Case and Unicode form (NFC, NFD) of the name don't matter, unless there are several: then an exact one is meant.
+        Without any it is the path of `place`. Raises DataError, which begins with `where`, if several could be meant.
+        """
+        path = str(self.folder / place)
+        found = self.paths.get(_folded(path), [])
+        exact = [candidate for candidate in found if os.path.basename(candidate) == os.path.basename(path)]
+        if not found or path in found:
+            return path
+        candidates = exact or found
+        if len(candidates) > 1:
+            raise DataError(f"{where}: clip {os.path.basename(path)!r}: {' or '.join(candidates)}? Move one elsewhere")
+        return candidates[0]
+
+
+def _folded(path: str) -> str:
+    """Return the file name in a path without differences of case and Unicode form."""
+    return unicodedata.normalize("NFC", os.path.basename(path).casefold())
+
+
+def missing_clips(samples: list[Sample], folder: str | Path) -> str:
+    """Return a sentence that names the clips of `samples` that aren't there, and where they were looked for; or ""."""
+    paths = dict.fromkeys(sample.paths["video"] for sample in samples)  # each once
+    missing = [path for path in paths if not os.path.exists(path)]
+    if not missing:
+        return ""
+    return (
+        f"{len(missing)} of {len(paths)} clips are nowhere in {folder}, nor in folders up to {DEPTH} below it: "
+        f"{some(os.path.basename(path) for path in missing)}"
+    )
 
 
 # ---- Columns ----
@@ -292,7 +338,7 @@ def _score(values: Iterable[float | None]) -> Score:
 
 
 def strict_letter(text: str) -> str | None:
-    """Return the letter by Daily-Omni's rule.
+    """Return the letter by the rule of Daily-Omni's script of 2025 for Qwen2.5-Omni.
 
     `text`, after the mark of the last assistant's turn if there is one, has to begin with A, B, C or D in either case
     ("b", "C. words", and also "Anger"); else None.
@@ -324,97 +370,3 @@ def _letter_score(record: dict, letter_of: Callable[[str], str | None]) -> float
         said = answer["completion"] if answer["answer"] is None else answer["answer"]
         hits += {letter_of(said or "")} == right
     return hits / len(answers)
-
-
-# ---- The report ----
-
-
-def partial(name: str, records: list[dict]) -> str:
-    """Return a sentence that says how the number of scored questions differs from the published one; "" if equal."""
-    published = PUBLISHED[name]["questions"]
-    scored = sum(record["accuracy"] is not None for record in records)
-    if scored == published == len(records):
-        return ""
-    text = f"{PUBLISHED[name]['name']} has {published:,} published questions; this score is over {scored:,}"
-    if scored < len(records):
-        text += f", {len(records) - scored:,} more have none"
-    return text
-
-
-def render(name: str, records: list[dict], interval: Interval | None = None) -> str:
-    """Return a text table: our scores in %, the numbers of questions, the published rows, then the other breakdowns.
-
-    `interval`: from the accuracies of a column to (low, high) in [0, 1]; shown with each score.
-    """
-    about = PUBLISHED[name]
-    found = groups(name, records)
-    warning = partial(name, records)
-    lines = []
-    if warning:
-        lines.append(f"WARNING: {warning}: the score is partial.")
-    lines.append(f"{about['name']}, accuracy in %, Avg over questions")
-    lines.append(_paper_table(about, found["paper"], bool(warning), interval))
-    lines.append(about["note"])
-    if name == "intentbench":
-        rules = [intent_column(record)[1] for record in records]
-        counts = [f"{rule} ({rules.count(rule)} questions)" for rule in RULES]
-        lines.append(f"Columns by: {', '.join(counts)}")
-    for title in about["breakdowns"]:
-        in_paper = {label for of, label, _ in about["columns"].values() if of == title}
-        if not found[title].keys() <= in_paper:
-            lines += ["", _breakdown_table(title, found[title], interval)]
-    letters = columns(name, records)["letters"]
-    strict, count = letters["strict"]
-    lenient, _ = letters["lenient"]
-    lines.append("")
-    lines.append(
-        f"letter taken by the official rules, {count} multiple choice questions: "
-        f"strict (Daily-Omni's) {_percent(strict)}, lenient (WorldSense's) {_percent(lenient)}"
-    )
-    return "\n".join(lines)
-
-
-def _paper_table(about: dict, found: dict[str, list[dict]], is_partial: bool, interval: Interval | None) -> str:
-    """Return the paper's table: this run's rows, a line, the published rows."""
-    counts = [count for _, _, count in about["columns"].values()] + [about["questions"]]
-    rows = [
-        ("", *found),
-        ("questions, published", *["-" if count is None else count for count in counts]),
-    ]
-    titles = ["questions", "this run (partial)" if is_partial else "this run"]
-    if interval:
-        titles += ["  95 % from", "  95 % to"]
-    cells = [_cells(of_column, interval) for of_column in found.values()]
-    for position, title in enumerate(titles):
-        rows.append((title, *[of_column[position] for of_column in cells]))
-    num_ours = len(rows)
-    for title, accuracies in about["rows"].items():
-        rows.append((title, *[_percent(accuracy, 1, about["digits"]) for accuracy in accuracies]))
-    lines = table(rows).splitlines()
-    lines.insert(num_ours, "-" * len(lines[0]))
-    return "\n".join(lines)
-
-
-def _breakdown_table(title: str, found: dict[str, list[dict]], interval: Interval | None) -> str:
-    """Return the table of one breakdown, a row a label."""
-    header = [f"by {title}", "questions", "accuracy"]
-    if interval:
-        header += ["95 % from", "to"]
-    rows = [header]
-    for label, of_label in found.items():
-        rows.append([label, *_cells(of_label, interval)])
-    return table(rows)
-
-
-def _cells(records: list[dict], interval: Interval | None) -> list:
-    """Return how many of the questions have a score, their accuracy in %, and its bounds if `interval` is given."""
-    values = [record["accuracy"] for record in records if record["accuracy"] is not None]
-    cells = [len(values), _percent(mean(values))]
-    if interval:
-        low, high = interval(values) if values else (None, None)
-        cells += [_percent(low), _percent(high)]
-    return cells
-
-
-def _percent(value: float | None, factor: float = 100, digits: int = 2) -> str:
-    return "-" if value is None else f"{factor * value:.{digits}f}"

@@ -6,44 +6,27 @@ What could not be had is counted and named, never scored: a clip that can't be r
 """
 
 import itertools
-import re
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from fractions import Fraction
 
 import torch
 from tqdm import tqdm
 
-from hov2.answers import answer_text, parse_answer, untagged_answer
 from hov2.data.media import MediaError
 from hov2.data.samples import Sample, SkipSample, read_samples
 from hov2.distributed import WriteError, compute_dtype, gather_objects, print0, rank, store, unsharded, world_size
 from hov2.engine.guard import heartbeat
 from hov2.engine.setup import Run
 from hov2.evaluation.journal import Journal, longest_first
-from hov2.evaluation.results import COUNTS, SCORES, over_samples, summarize
+from hov2.evaluation.records import Completion, not_asked, score_answers, scores_of
+from hov2.evaluation.results import summarize
 from hov2.model.rollout import generate, make_generator, sampling_for
 from hov2.model.thinker import set_training
 from hov2.model.weights import export
-from hov2.scoring import Pending, Scorer
+from hov2.scoring import Scorer
 from hov2.spans import completion_texts, completion_tokens
 
 READERS = 4  # threads that read a batch's clips
-BARE = {  # the form of an answer that holds the answer and nothing else
-    "multiple choice": "[A-Z]",
-    "emer_ov_mc": r"[A-Z](,\s?[A-Z])*",
-    "judge": "(?i:yes|no)",
-}
-
-
-@dataclass
-class _Completion:
-    """A completion whose scores are on their way."""
-
-    text: str
-    truncated: bool
-    scores: dict[str, Pending]  # by reward
 
 
 class Evaluator:
@@ -70,9 +53,7 @@ class Evaluator:
         self.num_samples = num_samples
         format_rule = getattr(run.config, "format_rule", "strict")
         self.scorer = Scorer(run.judge, format_rule, evaluation=not training_rewards, heartbeat=heartbeat)
-        self.scores = ["accuracy", "format"]
-        if run.judge and not training_rewards:
-            self.scores.append("context")
+        self.scores = scores_of(self.scorer, training_rewards)
         self.sampling = sampling_for(
             run.tokenizer,
             run.policy.thinker.config,
@@ -85,7 +66,7 @@ class Evaluator:
     def evaluate(self, samples: list[Sample], journal: Journal | None = None) -> tuple[dict, list[dict]]:
         """Return (summary, records), the same on every rank; the policy must be in eval mode.
 
-        Each record has the fields of `_record`; a value that is unknown or doesn't apply is None. With a `journal`,
+        Each record has the fields of records.py; a value that is unknown or doesn't apply is None. With a `journal`,
         batches that it holds whole are not answered again.
         """
         known = _merged(gather_objects(journal.read() if journal else {}))
@@ -138,34 +119,18 @@ class Evaluator:
             try:
                 prompts[i] = self.run.encoder(inputs.result())
             except (MediaError, SkipSample) as error:
-                records[i] = _record(samples[i], error=str(error))
+                records[i] = not_asked(samples[i], str(error))
         if not prompts:
             return records
         generators = [make_generator(self.run.device, self.run.config.seed, 0, i) for i in prompts]
         rollouts = self.run.policy(generate, list(prompts.values()), self.num_samples, self.sampling, generators)
-        completions = {}
+        questions = []
         for i, rollout in zip(prompts, rollouts):
             texts = completion_texts(completion_tokens(self.run.tokenizer, rollout))
-            completions[i] = []
-            for text, truncated in zip(texts, rollout.truncated.tolist()):
-                scores = {name: self.scorer.submit(name, text, samples[i]) for name in self.scores}
-                completions[i].append(_Completion(text, truncated, scores))
-        self._wait_for_scores(completions)
-        for i, of_sample in completions.items():
-            answers = []
-            for completion in of_sample:
-                scores = {name: score.result().value for name, score in completion.scores.items()}
-                answers.append(_scored(samples[i], completion.text, completion.truncated, scores))
-            records[i] = _record(samples[i], answers)
-        return records
-
-    def _wait_for_scores(self, completions: dict[int, list[_Completion]]) -> None:
-        """Wait for this rank's scores; the other ranks are at other batches."""
-        pending = []
-        for of_sample in completions.values():
-            for completion in of_sample:
-                pending.extend(completion.scores.values())
-        self.scorer.wait_for_scores(pending, together=False)
+            truncated = rollout.truncated.tolist()
+            questions.append((samples[i], [Completion(*answer) for answer in zip(texts, truncated)]))
+        scored = score_answers(questions, self.scorer, self.scores)
+        return records | dict(zip(prompts, scored))
 
 
 class HeldOut:
@@ -222,65 +187,3 @@ def _merged(of_ranks: list[dict[int, dict]]) -> dict[int, dict]:
     for records in of_ranks:
         merged |= records
     return merged
-
-
-def _scored(sample: Sample, text: str, truncated: bool, scores: dict[str, float | None]) -> dict:
-    """Return what is known of one answer, a completion's `text`.
-
-    `parsed` is what counts of it; `exact` is its accuracy if the answer is bare (BARE), for example just "B", else 0.
-    """
-    answer = answer_text(text)
-    said = untagged_answer(text) if answer is None else answer
-    accuracy = scores["accuracy"]
-    exact = accuracy
-    if accuracy is not None and not re.fullmatch(BARE.get(sample.problem_type, "(?s:.*)"), said):
-        exact = 0.0
-    return {
-        "completion": text,
-        "answer": answer,
-        "parsed": _parsed(said, sample),
-        "accuracy": accuracy,
-        "exact": exact,
-        "format": scores["format"],
-        "context": scores.get("context"),
-        "no_answer": answer is None,
-        "truncated": truncated,
-    }
-
-
-def _parsed(said: str, sample: Sample) -> str | None:
-    """Return what counts of an answer as text, so that answers can be counted; None if nothing does."""
-    parsed = parse_answer(said, sample.problem_type, sample.options)
-    if not parsed:
-        return None
-    if isinstance(parsed, set):
-        return ",".join(sorted(parsed))
-    if isinstance(parsed, str):
-        return parsed
-    return str(Fraction(parsed.value))
-
-
-_NO_ANSWER = dict.fromkeys(("completion", "answer", "parsed", *SCORES, *COUNTS))
-
-
-def _record(sample: Sample, answers: list[dict] | None = None, error: str | None = None) -> dict:
-    """Return one line of predictions.jsonl: a question with its answer, or with what several add up to.
-
-    `error` says why it could not be asked. Several: `results.over_samples`.
-    """
-    if answers is None:
-        said = _NO_ANSWER
-    elif len(answers) == 1:
-        said = answers[0]
-    else:
-        said = over_samples(answers)
-    return {
-        "id": sample.id,
-        "source": sample.source,
-        "problem": sample.problem,
-        "problem_type": sample.problem_type,
-        "solution": sample.solution,
-        **said,
-        "error": error,
-        "extra": sample.extra,
-    }

@@ -1,4 +1,4 @@
-"""What the records of an evaluation add up to: means with intervals, votes, the difficulty filter, comparisons, tables.
+"""What the records of an evaluation add up to: means with intervals, votes, comparisons, and their tables.
 
 Pure functions. A record is one line of predictions.jsonl (evaluator.py): one question with one answer, or with several
 under `samples`. A value that is unknown or doesn't apply is None and left out of every mean.
@@ -10,10 +10,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from hov2.config import FilterConfig
-
 DRAWS = 1000  # of a bootstrap
-SCORES = ("accuracy", "exact", "format", "context")  # of an answer
+SHOWN = 5  # ids that a message names
+SCORES = ("accuracy", "format", "context")  # of an answer
 COUNTS = ("no_answer", "truncated")
 
 
@@ -67,9 +66,17 @@ def over_samples(answers: list[dict]) -> dict:
     said["pass"] = max(accuracies, default=None)
     said["majority"] = elected["accuracy"]
     for name in COUNTS:
-        said[name] = sum(answer[name] for answer in answers)
+        said[name] = _count(answer[name] for answer in answers)
     said["samples"] = answers
     return said
+
+
+def _count(flags: Iterable[int | None]) -> int | None:
+    """Return the sum of what was counted; None if it isn't known of all."""
+    flags = list(flags)
+    if None in flags:
+        return None
+    return sum(flags)
 
 
 def answers_of(record: dict) -> list[dict]:
@@ -88,7 +95,7 @@ def summarize(records: list[dict]) -> dict:
         answers.extend(found)
         num_samples = max(num_samples, len(found))
 
-    fields = {"accuracy": "accuracy", "exact": "exact"}  # {score: field of a record}
+    fields = {"accuracy": "accuracy"}  # {score: field of a record}
     if num_samples > 1:
         fields[f"mean@{num_samples}"] = "accuracy"
         fields[f"pass@{num_samples}"] = "pass"
@@ -105,7 +112,7 @@ def summarize(records: list[dict]) -> dict:
         summary[name] = mean(record[name] for record in records)
     summary["by_problem_type"] = _by_problem_type(records)
     for name in COUNTS:
-        summary[name] = sum(answer[name] for answer in answers)
+        summary[name] = _count(answer[name] for answer in answers)
     summary["unscored"] = sum(answer["accuracy"] is None for answer in answers)
     summary["unreadable"] = sum(bool(record["error"]) for record in records)
     return summary
@@ -119,26 +126,6 @@ def _by_problem_type(records: list[dict]) -> dict[str, dict]:
     for kind, values in sorted(accuracies.items()):
         found[kind] = {"questions": len(values), "accuracy": mean(values), "interval": interval(values)}
     return found
-
-
-def share_right(record: dict, threshold: float) -> float | None:
-    """Return the share of a record's scored answers with an accuracy above `threshold`; None without a scored one."""
-    scores = [answer["accuracy"] for answer in answers_of(record) if answer["accuracy"] is not None]
-    if not scores:
-        return None
-    return sum(score > threshold for score in scores) / len(scores)
-
-
-def keep(record: dict, rule: FilterConfig) -> str:
-    """Return what the difficulty filter says of a question: "kept", "too easy", "too hard" or "unknown"."""
-    share = share_right(record, rule.threshold)
-    if share is None:
-        return "unknown"
-    if share <= rule.min_share:
-        return "too hard"
-    if share >= rule.max_share:
-        return "too easy"
-    return "kept"
 
 
 def compare(first: list[dict], second: list[dict]) -> dict:
@@ -188,6 +175,15 @@ def differing(first: dict, second: dict) -> dict[str, tuple]:
 # ---- Tables ----
 
 
+def some(names: Iterable[str]) -> str:
+    """Return the first few of the names, and how many more there are, as text."""
+    names = list(names)
+    text = ", ".join(names[:SHOWN])
+    if len(names) > SHOWN:
+        text += f" and {len(names) - SHOWN} more"
+    return text
+
+
 def table(rows: Sequence[Sequence]) -> str:
     """Return rows of cells as text, each column as wide as it needs: the first to the left, the others to the right."""
     widths = []
@@ -207,8 +203,10 @@ def format_summary(summary: dict) -> str:
     rows = [("problem type", *SCORE_CELLS)]
     for name, cells in _scores_of(summary).items():
         rows.append((name, *cells))
-    others = [f"{name}: {_number(summary[name])}" for name in ("format", "context")]
-    others += [f"{name.replace('_', ' ')}: {summary[name]}" for name in (*COUNTS, "unscored", "unreadable")]
+    others = [f"{name}: {number(summary[name])}" for name in ("format", "context")]
+    for name in (*COUNTS, "unscored", "unreadable"):
+        count = "not known" if summary[name] is None else summary[name]
+        others.append(f"{name.replace('_', ' ')}: {count}")
     return table(rows) + "\n" + ", ".join(others)
 
 
@@ -220,36 +218,60 @@ def _scores_of(summary: dict) -> dict[str, tuple[int, str, str]]:
     """Return the SCORE_CELLS, as text, of each problem type, then of each score over all questions."""
     cells = {}
     for kind, row in summary["by_problem_type"].items():
-        cells[kind] = row["questions"], _number(row["accuracy"]), _bounds(row["interval"])
-    for name, bounds in summary["intervals"].items():
+        cells[kind] = row["questions"], number(row["accuracy"]), bounds(row["interval"])
+    for name, pair in summary["intervals"].items():
         label = "all" if name == "accuracy" else name
-        cells[label] = summary["questions"], _number(summary[name]), _bounds(bounds)
+        cells[label] = summary["questions"], number(summary[name]), bounds(pair)
     return cells
 
 
+# Of the paper's evaluation, what is known: https://arxiv.org/abs/2506.21277, the authors' answers and their code.
+PAPER = {
+    "max_frames": 32,
+    "fps": 2.0,
+    "interleave_audio": False,  # the sound is an item of its own, after the video
+    "senses": ["video", "audio"],
+    "max_completion_length": 2048,
+    "num_samples": 1,
+}
+
+
 def format_protocol(protocol: dict) -> str:
-    """Return one line that says how the answers were had."""
+    """Return one line that says how the answers were had; for a benchmark, a second one: in what unlike the paper's."""
+    if "answers" in protocol:
+        return f"answers of {protocol['answers']}; with which frames, words and decoding isn't known here"
     names = ["model", "system_prompt", "max_completion_length", "max_frames", "fps", "max_pixels", "temperature"]
     if protocol["temperature"]:  # else greedy
         names += ["top_p", "top_k", "num_samples", "seed"]
     values = protocol | protocol["media"]
-    return ", ".join(f"{name} {values[name]}" for name in names)
+    parts = [f"{name} {values[name]}" for name in names]
+    if values["senses"] == ["video"]:
+        parts.append("picture only")
+    elif values["senses"] == ["audio"]:
+        parts.append("sound only")
+    else:
+        parts.append("sound in time with the video" if values["interleave_audio"] else "sound after the video")
+    line = ", ".join(parts)
+    if protocol["benchmark"]:
+        line += f"\n{_beside_paper(values)}"
+    return line
 
 
-def format_filter(records: list[dict], rule: FilterConfig) -> str:
-    """Return a table of what the difficulty filter leaves, by problem type."""
-    counts = Counter()  # of (problem type, verdict)
-    for record in records:
-        verdict = keep(record, rule)
-        counts[record["problem_type"], verdict] += 1
-        counts["all", verdict] += 1
-    verdicts = ("kept", "too easy", "too hard", "unknown")
-    kinds = sorted({record["problem_type"] for record in records})
-    rows = [("problem type", *verdicts)]
-    for kind in [*kinds, "all"]:
-        cells = [counts[kind, verdict] for verdict in verdicts]
-        rows.append((kind, *cells))
-    return table(rows)
+def _beside_paper(values: dict) -> str:
+    """Return a line that says in what a protocol's values differ from the paper's, and what the paper leaves open."""
+    unlike = [f"{name} {values[name]} (paper {known})" for name, known in PAPER.items() if values[name] != known]
+    decoding = "sampled" if values["temperature"] else "greedy"
+    line = f"unlike the paper's protocol: {', '.join(unlike)}" if unlike else "protocol: the paper's where it is known"
+    return f"{line}; the paper doesn't say: max_pixels (here {values['max_pixels']}), decoding (here {decoding})"
+
+
+def format_errors(records: list[dict]) -> str:
+    """Return a line for each of the first questions that could not be asked, and how many more there are."""
+    failed = [record for record in records if record["error"]]
+    lines = [f"not asked: {record['id']}: {record['error']}" for record in failed[:SHOWN]]
+    if len(failed) > SHOWN:
+        lines.append(f"not asked: {len(failed) - SHOWN} more, in predictions.jsonl with their `error`")
+    return "\n".join(lines)
 
 
 def format_comparison(names: Sequence[str], results: Sequence[dict], records: Sequence[list[dict]]) -> str:
@@ -269,25 +291,27 @@ def format_comparison(names: Sequence[str], results: Sequence[dict], records: Se
 
     lines.append(
         f"of {len(found['pairs'])} questions in both, {found['better']} are better in B, {found['worse']} worse; "
-        f"B - A: {_number(found['difference'], '+')}  {_bounds(found['interval'], '+')}"
+        f"B - A: {number(found['difference'], '+')}  {bounds(found['interval'], '+')}"
     )
     for before, after in found["changed"]:
         lines.append(f"{before['id']}: {_said(before)} -> {_said(after)}")
     for letter, ids in zip("AB", found["only"]):
         if ids:
-            lines.append(f"only in {letter} ({len(ids)}): {', '.join(ids[:5])}")
+            lines.append(f"only in {letter} ({len(ids)}): {some(ids)}")
     return "\n".join(lines)
 
 
 def _said(record: dict) -> str:
     """Return the beginning of what a record's answer is, or why there is none, with its accuracy."""
     said = record["error"] or record["parsed"] or record["answer"] or "no answer"
-    return f"{' '.join(said.split()):.40} ({_number(record['accuracy'])})"
+    return f"{' '.join(said.split()):.40} ({number(record['accuracy'])})"
 
 
-def _number(value: float | None, sign: str = "") -> str:
+def number(value: float | None, sign: str = "") -> str:
+    """Return a score as text, "-" if there is none; `sign` "+": with its sign."""
     return "-" if value is None else f"{value:{sign}.3f}"
 
 
-def _bounds(pair: Sequence[float] | None, sign: str = "") -> str:
+def bounds(pair: Sequence[float] | None, sign: str = "") -> str:
+    """Return an interval as text, "-" if there is none."""
     return "-" if pair is None else f"{pair[0]:{sign}.3f} to {pair[1]:{sign}.3f}"

@@ -24,7 +24,6 @@ from hov2.toy.world import (
     build_world,
     make_clip,
     solution,
-    swapped,
     true_answer,
 )
 
@@ -48,6 +47,5 @@ __all__ = [
     "run_script",
     "scores_of",
     "solution",
-    "swapped",
     "true_answer",
 ]

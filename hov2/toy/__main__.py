@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from hov2.evaluation.results import table
+from hov2.evaluation.senses import format_senses
 from hov2.toy.ablation import ABLATION, ablate, read_variants
 from hov2.toy.rule_judge import RuleJudge
 from hov2.toy.run import (
-    EVAL_FILES,
     FILTERED,
     QUICK_NOTE,
     QUICK_WORLD,
@@ -25,9 +25,8 @@ from hov2.toy.run import (
     scores_of,
     set_earlier_run_aside,
     settings_of,
-    swap_scores,
 )
-from hov2.toy.world import MAIN_TYPES, QUESTIONS, ROOT, SENSES, build_world
+from hov2.toy.world import MAIN_TYPES, QUESTIONS, ROOT, build_world
 
 
 def main() -> None:
@@ -70,12 +69,13 @@ def run_stages(seed: int, quick: bool, judge_rewards: bool) -> None:
             run_script(step, settings_of(step, variant, seed, quick, judge.url) | own)
 
     predictions = {stage: read_predictions(ROOT / stage / "eval/predictions.jsonl") for stage in SCRIPTS}
+    senses = json.loads((ROOT / "stage3/eval/senses.json").read_text())
     summary = {
         "seed": seed,
         "quick": quick,
         "judge_rewards": judge_rewards,
-        "stages": {stage: scores_of(by_file["eval"]) for stage, by_file in predictions.items()},
-        "swap": {sense: swap_scores(predictions["stage3"], sense) for sense in SENSES},
+        "stages": {stage: scores_of(of_stage) for stage, of_stage in predictions.items()},
+        "senses": senses,
         "questions_left": {stage: len(path.read_text().splitlines()) for stage, path in FILTERED.items()},
         "seconds": round(time.monotonic() - started, 1),
     }
@@ -86,25 +86,18 @@ def run_stages(seed: int, quick: bool, judge_rewards: bool) -> None:
 def steps_of_run() -> Iterator[tuple[str, Settings]]:
     """Yield each step and its own settings: filters and stages, and after each stage an evaluation of its model.
 
-    That of the last one is on the swapped clips too.
+    That of the last one is with either sense alone, too.
     """
     for step in STEPS[:-1]:
         yield step, {}
         if step in SCRIPTS:
-            files = EVAL_FILES if step == "stage3" else EVAL_FILES[:1]
             folder = ROOT / step
-            yield (
-                "eval",
-                {
-                    "model": str(folder / "model"),
-                    "output_dir": str(folder / "eval"),
-                    "data": [{"path": str(file)} for file in files],
-                },
-            )
+            evaluation = "senses" if step == "stage3" else "eval"
+            yield evaluation, {"model": str(folder / "model"), "output_dir": str(folder / "eval")}
 
 
 def format_summary(summary: dict[str, Any]) -> str:
-    """Return the summary as text: a row for each stage, then the swap test."""
+    """Return the summary as text: a row for each stage, then what the last one's model can tell by either sense."""
     questions = summary["stages"]["stage3"]["questions"]
     rows = [("", *SCORES, *QUESTIONS)]
     for stage, row in summary["stages"].items():
@@ -115,11 +108,8 @@ def format_summary(summary: dict[str, Any]) -> str:
     lines = [f"\ngreedy answers to {questions} held-out questions, {', '.join(MAIN_TYPES)}", table(rows)]
     lines += notes_on_figures(summary["quick"])
 
-    for sense, row in summary["swap"].items():
-        lines.append(
-            f"with the {sense} of a clip of the other kind: format {row['format']:.3f}, "
-            f"{row['changed_to_fit']:.3f} of {row['questions']} intent answers change to the one that fits"
-        )
+    lines += ["", "after stage 3, with a clip's picture and sound, with its picture alone, with its sound alone"]
+    lines.append(format_senses(summary["senses"]))
     left = [f"{count} questions for {stage}" for stage, count in summary["questions_left"].items()]
     lines.append(f"the difficulty filter left {', '.join(left)}")
     lines.append(f"{summary['seconds']:.0f} s; details in {ROOT}")

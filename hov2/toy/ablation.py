@@ -28,9 +28,8 @@ from hov2.toy.run import (
     run_script,
     scores_of,
     settings_of,
-    swap_scores,
 )
-from hov2.toy.world import CONFIGS, ROOT, SENSES, build_world
+from hov2.toy.world import CONFIGS, ROOT, build_world
 
 ABLATION = str(CONFIGS / "ablation.json")
 STYLE = """text { font: 12px sans-serif; fill: #222 } .axis { stroke: #bbb } .mark { stroke: #1f5fa8; fill: #1f5fa8 }
@@ -172,17 +171,14 @@ def run_step(step: str, places: Places, variant: Variant, seed: int, quick: bool
 def measures_of(folder: Path) -> dict[str, float | None]:
     """Return {measure: value in [0, 1]} of an evaluation; the context score is None where no answer has a context."""
     predictions = read_predictions(folder / "predictions.jsonl")
-    scores = scores_of(predictions["eval"])
-    described = any("<context>" in (prediction["completion"] or "") for prediction in predictions["eval"])
-    measures = {
+    scores = scores_of(predictions)
+    described = any("<context>" in (prediction["completion"] or "") for prediction in predictions)
+    return {
         "accuracy": scores["accuracy"],
         "intents": scores["by_problem_type"]["multiple choice"],
         "voice fits face?": scores["by_problem_type"]["judge"],
         "context score": scores["context"] if described else None,
     }
-    for sense in SENSES:
-        measures[f"follows the {sense}"] = swap_scores(predictions, sense)["changed_to_fit"]
-    return measures
 
 
 def columns_of(of_seeds: list[dict[str, float | None]]) -> Columns:

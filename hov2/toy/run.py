@@ -25,7 +25,6 @@ SUMMARY = ROOT / "summary.json"
 # Patterns of what `python -m hov2.toy` writes in ROOT, and of what configs/toy/eval*.json write there about its model.
 # All else there is somebody's own.
 WRITTEN = (WORLD.name, *STEPS[:-1], "eval", "eval_*", SUMMARY.name)
-EVAL_FILES = [WORLD / "eval.json", WORLD / "swapped_sound.json", WORLD / "swapped_picture.json"]
 PROCESSES = 2
 SCORES = ("accuracy", "format", "context")
 
@@ -98,12 +97,15 @@ def run_script(
     """Run the script of a step with configs/toy/{step}.json and the settings; CalledProcessError if it fails.
 
     It runs on that many processes of one thread each; several run under torchrun. What is printed goes to the file
-    `output`, if there is one.
+    `output`, if there is one. The step "senses" is "eval" with either sense alone as well.
     """
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command += [SCRIPTS.get(step, "evaluate.py"), str(CONFIGS / f"{step}.json")]
+    if step == "senses":
+        command += ["evaluate.py", "--senses", str(CONFIGS / "eval.json")]
+    else:
+        command += [SCRIPTS.get(step, "evaluate.py"), str(CONFIGS / f"{step}.json")]
     for name, value in (settings or {}).items():
         command.append(f"{name}={json.dumps(value)}")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -115,8 +117,6 @@ def settings_of(step: str, variant: dict[str, Settings], seed: int, quick: bool,
     settings: Settings = {"seed": seed}
     if step != "stage1":
         settings["judge.url"] = judge_url
-    if step == "eval":
-        settings["data"] = [{"path": str(file)} for file in EVAL_FILES]
     if quick and step in QUICK_STEPS:
         settings["max_steps"] = QUICK_STEPS[step]
     return settings | variant.get(step, {})
@@ -125,14 +125,9 @@ def settings_of(step: str, variant: dict[str, Settings], seed: int, quick: bool,
 # ---------------------------------------------------------------------------------------------- scores
 
 
-def read_predictions(path: Path) -> dict[str, list[dict]]:
-    """Return the predictions of an evaluation by the name of their data file, such as "eval"."""
-    by_file: dict[str, list[dict]] = {}
-    for line in path.read_text().splitlines():
-        prediction = json.loads(line)
-        name = Path(prediction["source"]).stem
-        by_file.setdefault(name, []).append(prediction)
-    return by_file
+def read_predictions(path: Path) -> list[dict]:
+    """Return the predictions of an evaluation."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def scores_of(predictions: list[dict]) -> dict[str, Any]:
@@ -145,22 +140,6 @@ def scores_of(predictions: list[dict]) -> dict[str, Any]:
     for kind in QUESTIONS:
         by_type[kind] = mean(p["accuracy"] for p in predictions if p["problem_type"] == kind)
     return scores | {"by_problem_type": by_type}
-
-
-def swap_scores(predictions: dict[str, list[dict]], sense: str) -> dict[str, Any]:
-    """Return how many answers change to what then fits, when clips of intent questions get another sound or picture."""
-    answer_before = {prediction["id"]: prediction["answer"] for prediction in predictions["eval"]}
-    swapped = predictions[f"swapped_{sense}"]
-    fits = []
-    for prediction in swapped:
-        original = prediction["id"].removeprefix(f"swapped-{sense}-")
-        changed = prediction["answer"] != answer_before[original]
-        fits.append(changed and prediction["accuracy"] == 1)
-    return {
-        "questions": len(swapped),
-        "format": mean(prediction["format"] for prediction in swapped),
-        "changed_to_fit": mean(fits),
-    }
 
 
 def notes_on_figures(quick: bool) -> list[str]:

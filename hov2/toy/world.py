@@ -46,7 +46,6 @@ CODECS = DATA["codecs"]
 FACES = ("smile", "frown")
 VOICES = ("rising", "falling")
 SIGNS = tuple(DATA["signs"])
-SENSES = ("sound", "picture")
 
 FRAMES = 8
 FPS = 8
@@ -245,19 +244,6 @@ def rl_records(clips: list[Clip]) -> list[Record]:
     return records
 
 
-def swapped(clips: list[Clip], sense: str) -> list[Clip]:
-    """Give each clip the sound, or the picture, of the next clip whose voice, or face, has the other value."""
-    taken = {"sound": ("voice", "sound"), "picture": ("face", "wall", "sign", "picture")}[sense]
-    must_differ = taken[0]
-    others = []
-    for number, clip in enumerate(clips):
-        following = clips[number:] + clips[:number]
-        partner = next(other for other in following if other[must_differ] != clip[must_differ])
-        from_partner = {key: partner[key] for key in taken}
-        others.append(clip | from_partner | {"name": f"swapped-{sense}-{clip['name']}"})
-    return others
-
-
 # ---------------------------------------------------------------------------------------------- building
 
 
@@ -272,9 +258,8 @@ def build_world(
 ) -> None:
     """Write clips, data files and the untrained model with its tokenizer to `folder`; equal seeds give equal worlds.
 
-    Data: train_sft.json, train_sft_no_context.json (the same without contexts), train_rl.json, eval.json,
-    swapped_sound.json and swapped_picture.json (the intent questions of eval.json, with the sound or the picture of a
-    clip that has the other voice or face). `world.json` is written last. What was in `folder` before is deleted.
+    Data: train_sft.json, train_sft_no_context.json (the same without contexts), train_rl.json and eval.json.
+    `world.json` is written last. What was in `folder` before is deleted.
     """
     folder = Path(folder)
     shutil.rmtree(folder, ignore_errors=True)
@@ -284,8 +269,6 @@ def build_world(
     train = [make_clip("train", number, rng) for number in range(train_clips)]
     rl = [make_clip("rl", number, rng) for number in range(rl_clips)]
     held_out = [make_clip("eval", number, rng) for number in range(eval_clips)]
-    other_sound = swapped(held_out, "sound")
-    other_picture = swapped(held_out, "picture")
 
     train_sft = sft_records(train, sft_samples, rng)
     held_out_questions = eval_records(held_out)
@@ -294,15 +277,12 @@ def build_world(
         "train_sft_no_context": [without_context(sample) for sample in train_sft],
         "train_rl": rl_records(rl),
         "eval": held_out_questions,
-        "swapped_sound": [record("multiple choice", clip) for clip in other_sound],
-        "swapped_picture": [record("multiple choice", clip) for clip in other_picture],
     }
     for name, records in files.items():
         (folder / f"{name}.json").write_text(json.dumps(records, indent=0))
     write_benchmarks(folder, held_out_questions)
 
-    clips = [*train, *rl, *held_out, *other_sound, *other_picture]
-    for clip in tqdm(clips, desc="toy world", unit="clip"):
+    for clip in tqdm([*train, *rl, *held_out], desc="toy world", unit="clip"):
         frames = draw_clip(clip["face"], clip["wall"], clip["sign"], np.random.default_rng(clip["picture"]))
         wave = speak(clip["voice"], np.random.default_rng(clip["sound"]))
         write_clip(folder / "clips" / clip["name"], frames, wave)

@@ -2,7 +2,7 @@
 
 import json
 import os
-import re
+import unicodedata
 
 import pytest
 
@@ -17,11 +17,12 @@ from hov2.evaluation.benchmarks import (
     columns,
     groups,
     lenient_letter,
-    partial,
+    missing_clips,
     read_benchmark,
-    render,
     strict_letter,
 )
+from hov2.evaluation.tables import render
+from tests.support.evalkit import benchmark_record
 
 INTENT = {
     "problem": "Why does he laugh?",
@@ -76,21 +77,6 @@ def publish(folder, name, content, *clips):
         (folder / clip).touch()
     (folder / FILES[name]).write_text(content if isinstance(content, str) else json.dumps(content))
     return folder
-
-
-def record(accuracy, extra=(), problem="Is it?", problem_type="multiple choice", answer="B", **fields):
-    """What evaluation.py says of an answered question."""
-    return {
-        "id": "x",
-        "problem": problem,
-        "problem_type": problem_type,
-        "solution": "<answer>B</answer>",
-        "completion": f"<answer>{answer}</answer>",
-        "answer": answer,
-        "accuracy": accuracy,
-        "error": None,
-        "extra": dict(extra),
-    } | fields
 
 
 # ---- reading ----
@@ -240,6 +226,65 @@ def test_unknown_benchmark_and_missing_file(tmp_path):
         read_benchmark("worldsense", tmp_path)
 
 
+# ---- clips ----
+
+
+def clips_of(folder, name, content, *clips):
+    """The clips, relative to the benchmark's folder, that its questions find."""
+    samples = read_benchmark(name, publish(folder, name, content, *clips))
+    return [os.path.relpath(sample.paths["video"], folder) for sample in samples]
+
+
+@pytest.mark.parametrize(
+    "there",
+    [
+        "a_trimmed-out.mp4",
+        "videos/a_trimmed-out.mp4",
+        "videos/videos/a_trimmed-out.mp4",  # unpacked in a folder of that name
+        "Videos/inner/A_Trimmed-Out.MP4",
+    ],
+)
+def test_a_clip_is_found_by_name_wherever_its_archive_was_unpacked(tmp_path, there):
+    assert clips_of(tmp_path, "intentbench", [INTENT], there, "videos/b_trimmed-out.mp4") == [there]
+
+
+def test_unicode_forms_of_a_name_are_one_name(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "Été.mp4") for form in ("NFC", "NFD"))
+    assert composed != decomposed
+    for number, (said, there) in enumerate([(composed, decomposed), (decomposed, composed.upper())]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        assert clips_of(folder, "intentbench", [INTENT | {"video": said}], f"videos/{there}") == [f"videos/{there}"]
+
+
+def test_of_several_candidates_the_exact_one_is_meant_and_else_none(tmp_path):
+    asked = [INTENT | {"video": "a.mp4"}]
+    assert clips_of(tmp_path, "intentbench", asked, "other/a.mp4", "videos/A.mp4") == ["other/a.mp4"]
+    assert clips_of(tmp_path, "intentbench", asked, "videos/a.mp4") == ["videos/a.mp4"]  # where it is published
+    with pytest.raises(DataError, match=r"record 1: clip 'A.MP4': .*other/a.mp4 or .*videos/A.mp4 or .*videos/a.mp4\?"):
+        read_benchmark("intentbench", publish(tmp_path, "intentbench", [INTENT | {"video": "A.MP4"}]))
+
+
+def test_the_folder_is_listed_once(tmp_path, monkeypatch):
+    for number in range(20):
+        (tmp_path / f"Videos/v{number}").mkdir(parents=True)
+        (tmp_path / f"Videos/v{number}/v{number}_video.mp4").touch()
+    listings, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda folder: listings.append(folder) or scandir(folder))
+    content = [DAILY | {"video_id": f"v{number % 20}"} for number in range(100)]
+    samples = read_benchmark("daily-omni", publish(tmp_path, "daily-omni", content))
+    assert len(listings) == 1 + 1 + 20 and all(os.path.exists(sample.paths["video"]) for sample in samples)
+
+
+def test_missing_clips_are_named_with_where_they_were_looked_for(tmp_path):
+    content = [DAILY, DAILY | {"video_id": "x"}, DAILY | {"video_id": "x"}, DAILY | {"video_id": "y"}]
+    samples = read_benchmark("daily-omni", publish(tmp_path, "daily-omni", content, "Ec_lQ/Ec_lQ_video.mp4"))
+    assert missing_clips(samples, tmp_path) == (
+        f"2 of 3 clips are nowhere in {tmp_path}, nor in folders up to 3 below it: x_video.mp4, y_video.mp4"
+    )
+    assert missing_clips(samples[:1], tmp_path) == ""
+
+
 # ---- columns ----
 
 
@@ -266,17 +311,17 @@ def test_unknown_benchmark_and_missing_file(tmp_path):
     ],
 )
 def test_intentbench_goes_by_type_then_problem_type_then_question_word(fields, column, rule):
-    assert benchmarks.intent_column(record(1, **fields)) == (column, rule)
+    assert benchmarks.intent_column(benchmark_record(1, **fields)) == (column, rule)
 
 
 def test_intentbench_columns():
     records = [
-        record(1, {"Type": "Why"}),
-        record(0, {"Type": "Why"}),
-        record(0.5, problem_type="emer_ov_mc"),
-        record(1, problem_type="judge"),
-        record(1, problem="How so?"),
-        record(None, {"Type": "Why"}),
+        benchmark_record(1, {"Type": "Why"}),
+        benchmark_record(0, {"Type": "Why"}),
+        benchmark_record(0.5, problem_type="emer_ov_mc"),
+        benchmark_record(1, problem_type="judge"),
+        benchmark_record(1, problem="How so?"),
+        benchmark_record(None, {"Type": "Why"}),
     ]
     paper = columns("intentbench", records)["paper"]
     assert list(paper) == ["Why", "How", "What", "When", "Who/Which", "Other", "Emotion", "Deception", "Avg"]
@@ -288,10 +333,10 @@ def test_intentbench_columns():
 
 def test_daily_omni_columns():
     records = [
-        record(1, {"Type": "Context Understanding", "video_duration": "30s", "video_category": "Comedy"}),
-        record(0, {"Type": "Context understanding", "video_duration": "60s", "video_category": "Comedy"}),
-        record(0, {"Type": "Comparative", "video_duration": "60s", "video_category": "Autos"}),
-        record(1, {"Type": "A new type"}),
+        benchmark_record(1, {"Type": "Context Understanding", "video_duration": "30s", "video_category": "Comedy"}),
+        benchmark_record(0, {"Type": "Context understanding", "video_duration": "60s", "video_category": "Comedy"}),
+        benchmark_record(0, {"Type": "Comparative", "video_duration": "60s", "video_category": "Autos"}),
+        benchmark_record(1, {"Type": "A new type"}),
     ]
     tables = columns("daily-omni", records)
     assert tables["paper"]["Ctx"] == (0.5, 2) and tables["paper"]["Comp"] == (0, 1)
@@ -307,11 +352,11 @@ def test_daily_omni_columns():
 def test_worldsense_columns_and_audio_classes_of_several_labels():
     music = {"domain": "Music", "task_domain": "Reasoning", "task_type": "Causal", "duration": "<1min"}
     records = [
-        record(1, music | {"audio_class": ["Speech", "Music"]}),
-        record(0, music | {"audio_class": ["Music"]}),
-        record(1, {"domain": "Tech and science", "duration": ">8min", "audio_class": "event"}),
-        record(0, {"audio_class": ["Music", "Music"]}),
-        record(1, {"audio_class": []}),
+        benchmark_record(1, music | {"audio_class": ["Speech", "Music"]}),
+        benchmark_record(0, music | {"audio_class": ["Music"]}),
+        benchmark_record(1, {"domain": "Tech and science", "duration": ">8min", "audio_class": "event"}),
+        benchmark_record(0, {"audio_class": ["Music", "Music"]}),
+        benchmark_record(1, {"audio_class": []}),
     ]
     tables = columns("worldsense", records)
     assert list(tables) == ["paper", "domain", "task domain", "task type", "duration", "audio class", "letters"]
@@ -328,94 +373,6 @@ def test_worldsense_columns_and_audio_classes_of_several_labels():
     assert tables["task domain"]["Reasoning"] == (0.5, 2) and tables["task domain"]["Recognition"] == (None, 0)
     assert tables["task type"] == {"Causal": (0.5, 2), "(not given)": (pytest.approx(2 / 3), 3)}
     assert groups("worldsense", records)["paper"]["Music"] == records[:2]
-
-
-def published_records(name, row):
-    """Records with the published accuracy of each column, as many as the benchmark has questions in it."""
-    about, fields = PUBLISHED[name], {"question": "Type", "type": "Type"}
-    return about["rows"][row][-1], [
-        record(value / 100, {fields[table]: label})
-        for (table, label, count), value in zip(about["columns"].values(), about["rows"][row])
-        if table in fields
-        for _ in range(count)
-    ]
-
-
-@pytest.mark.parametrize(
-    "name, row",
-    [
-        ("intentbench", "HumanOmniV2"),
-        ("intentbench", "  SFT only"),
-        ("intentbench", "Qwen2.5-Omni 7B"),
-        ("daily-omni", "HumanOmniV2"),
-        ("daily-omni", "Qwen2.5-Omni 7B"),
-    ],
-)
-def test_published_columns_and_counts_give_the_published_average(name, row):
-    average, records = published_records(name, row)
-    assert len(records) == PUBLISHED[name]["questions"] and not partial(name, records)
-    score, count = columns(name, records)["paper"]["Avg"]
-    assert count == len(records) and 100 * score == pytest.approx(average, abs=0.02)
-
-
-def test_published_averages_of_the_two_benchmarks():
-    assert PUBLISHED["intentbench"]["rows"]["HumanOmniV2"][-1] == 69.33
-    assert PUBLISHED["daily-omni"]["rows"]["HumanOmniV2"][-1] == 58.47
-    for name, about in PUBLISHED.items():
-        assert {len(row) for row in about["rows"].values()} == {len(about["columns"]) + 1}
-        assert about["questions"] == {"intentbench": 2689, "daily-omni": 1197, "worldsense": 3172}[name]
-    counts = {name: [count for *_, count in about["columns"].values()] for name, about in PUBLISHED.items()}
-    assert sum(counts["intentbench"]) == 2689 and sum(counts["daily-omni"][:6]) == 1197 == 647 + 550
-    assert counts["daily-omni"][6:] == [647, 550] and set(counts["worldsense"]) == {None}
-
-
-@pytest.mark.parametrize(
-    "row, official",
-    [
-        ("Qwen2.5-Omni 7B", (46.68, 48.36)),
-        ("Qwen2.5-Omni 3B", (42.35, 38.36)),
-        ("Gemini 2.0 Flash", (67.23, 68.55)),
-        ("Gemini 2.0 Flash Lite", (62.44, 60.00)),
-    ],
-)
-def test_the_official_durations_fit_the_average_where_the_paper_s_do_not(row, official):
-    *_, short, long, average = PUBLISHED["daily-omni"]["rows"][row]
-    assert (647 * official[0] + 550 * official[1]) / 1197 == pytest.approx(average, abs=0.02)
-    assert (647 * short + 550 * long) / 1197 != pytest.approx(average, abs=1)
-
-
-# ---- partial sets, the report ----
-
-
-def test_partial_sets_are_said():
-    few = [record(1, {"Type": "Reasoning"})] * 5 + [record(None, error="no such file", completion=None, answer=None)]
-    assert partial("daily-omni", few) == (
-        "Daily-Omni has 1,197 published questions; this score is over 5, 1 more have none"
-    )
-    text = render("daily-omni", few)
-    assert text.startswith("WARNING: Daily-Omni has 1,197") and "\nthis run (partial) " in text
-    _, full = published_records("daily-omni", "HumanOmniV2")
-    assert "WARNING" not in render("daily-omni", full) and "partial" not in render("daily-omni", full)
-    assert "over 1,196, 1 more have none" in partial("daily-omni", [record(None), *full[1:]])
-    assert "over 1,198" in partial("daily-omni", [*full, full[0]])
-    assert partial("daily-omni", []) and "this run (partial)" in render("daily-omni", [])
-
-
-def test_report():
-    _, full = published_records("daily-omni", "HumanOmniV2")
-    lines = render("daily-omni", full, interval=lambda values: (min(values), max(values))).splitlines()
-    rows = {label: cells for label, *cells in (re.split(r"  +", line.strip()) for line in lines)}
-    assert rows["this run"] == ["46.63", "67.93", "51.81", "51.63", "72.72", "74.28", "-", "-", "58.47"]
-    assert rows["questions"] == ["238", "131", "193", "306", "154", "175", "0", "0", "1197"]
-    assert rows["questions, published"] == ["238", "131", "193", "306", "154", "175", "647", "550", "1197"]
-    assert rows["95 % from"][-3:] == ["-", "-", "46.63"] and rows["95 % to"][-3:] == ["-", "-", "74.28"]
-    assert rows["HumanOmniV2"] == ["46.63", "67.93", "51.81", "51.63", "72.72", "74.28", "63.06", "53.09", "58.47"]
-    assert rows["GPT-4o, no sound (official)"][-1] == "56.47"
-    text = render("daily-omni", [record(1, {"video_category": "Comedy"})], interval=lambda values: (0, 1))
-    assert re.search("^Comedy +1 +100.00 +0.00 +100.00$", text, re.MULTILINE)
-    for name, average in (("intentbench", "69.33"), ("worldsense", "47.1")):
-        [row] = [line for line in render(name, [record(1)]).splitlines() if line.startswith("HumanOmniV2")]
-        assert row.split()[-1] == average
 
 
 # ---- letters ----
@@ -446,18 +403,19 @@ def test_letters_by_the_official_rules(text, strict, lenient):
 
 def test_both_letter_scores_are_over_the_multiple_choice_questions():
     records = [
-        record(1, answer="B"),
-        record(1, answer="(B)"),
-        record(0, answer="C"),
-        record(1, answer="No", problem_type="judge"),
-        record(None, answer=None, completion=None, error="no file"),
-        record(1, answer=None, completion="B it is"),
-        record(0.5, samples=[{"answer": "b", "completion": ""}, {"answer": "D", "completion": ""}]),
+        benchmark_record(1, answer="B"),
+        benchmark_record(1, answer="(B)"),
+        benchmark_record(0, answer="C"),
+        benchmark_record(1, answer="No", problem_type="judge"),
+        benchmark_record(None, answer=None, completion=None, error="no file"),
+        benchmark_record(1, answer=None, completion="B it is"),
+        benchmark_record(0.5, samples=[{"answer": "b", "completion": ""}, {"answer": "D", "completion": ""}]),
     ]
     letters = columns("intentbench", records)["letters"]
     assert letters == {"strict": (0.5, 5), "lenient": (0.6, 5)}
     assert render("intentbench", records).endswith(
-        "5 multiple choice questions: strict (Daily-Omni's) 50.00, lenient (WorldSense's) 60.00"
+        "5 multiple choice questions: "
+        "strict (Daily-Omni's 2025 script for Qwen2.5-Omni) 50.00, lenient (WorldSense's) 60.00"
     )
 
 
@@ -494,7 +452,7 @@ def test_the_toy_writes_itself_out_in_the_published_layouts(world):
 def test_the_toy_fills_the_paper_s_columns(world):
     for name in PUBLISHED:
         records = [
-            record(1, s.extra, s.problem, s.problem_type, solution=s.solution)
+            benchmark_record(1, s.extra, s.problem, s.problem_type, solution=s.solution)
             for s in read_benchmark(name, world / name)
         ]
         assert all(count for _, count in columns(name, records)["paper"].values()), name

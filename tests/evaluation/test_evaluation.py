@@ -12,82 +12,24 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 import evaluate
 from hov2 import scoring, toy
-from hov2.config import ConfigError, EvalConfig, FilterConfig, GRPOConfig, JudgeConfig, MediaConfig, Source
-from hov2.config_io import load_config
+from hov2.config import ConfigError, EvalConfig, GRPOConfig, JudgeConfig, Source
+from hov2.config_io import config_from_argv, load_config
 from hov2.data.formats import DataError
-from hov2.data.inputs import InputMaker
-from hov2.data.samples import Sample, read_samples
-from hov2.evaluation import evaluator as evaluation
+from hov2.data.samples import Sample
 from hov2.evaluation.evaluator import Evaluator
 from hov2.evaluation.journal import Journal, longest_first
+from hov2.evaluation.records import Completion, answer_record
 from hov2.judge import Judge
-from hov2.model.encoder import Encoder
 from hov2.model.thinker import load_tokenizer
 from hov2.prompts import PromptsError, load_prompts
-from tests.support.helpers import synth_clip, tiny_thinker, tiny_tokenizer
+from tests.evaluation.conftest import KINDS, QUESTIONS
+from tests.support.helpers import tiny_tokenizer
 from tests.support.judge_faults import FaultyJudge
-from tests.support.modelkit import policy_of
 
 ROOT = Path(__file__).resolve().parents[2]
-KINDS = {"multiple choice": "B", "judge": "yes", "numerical": "3", "free-form": "a man smiles", "emer_ov_mc": "A,C"}
-QUESTIONS = 24
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A folder with a tiny model, six clips and QUESTIONS questions about them; one clip can't be read."""
-    world = tmp_path_factory.mktemp("world")
-    tiny_thinker().save_pretrained(world / "model")
-    tiny_tokenizer().save_pretrained(world / "model")
-    (world / "qwen_model").mkdir()
-    tiny_tokenizer().save_pretrained(world / "qwen_model")
-    (world / "broken.mp4").write_bytes(b"no clip")
-    for i in range(6):
-        synth_clip(world / f"{i}.mp4", seconds=1 + i % 3, sound=i % 2 == 0, seed=i)
-    records = []
-    for i in range(QUESTIONS):
-        kind = list(KINDS)[i % len(KINDS)]
-        records.append(
-            {
-                "id": f"q{i}",
-                "problem": f"What is it, number {i}?",
-                "problem_type": kind,
-                "options": ["A. one", "B. two", "C. three"],
-                "data_type": "video" if i % 4 else "text",
-                "solution": f"<answer>{KINDS[kind]}</answer>",
-                "topic": i % 3,
-                **({"path": "broken.mp4" if i == 7 else f"{i % 6}.mp4"} if i % 4 else {}),
-            }
-        )
-    (world / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    return world
-
-
-@pytest.fixture(scope="module")
-def samples(world):
-    return read_samples([Source(str(world / "data.jsonl"))])
-
-
-@pytest.fixture
-def evaluator(monkeypatch):
-    """Makes an Evaluator of the tiny thinker, without processes and without a judge."""
-    monkeypatch.setattr(evaluation, "unsharded", lambda policy: torch.no_grad())
-    policy, device = policy_of(tiny_thinker()), torch.device("cpu")
-    make = InputMaker(tiny_tokenizer(), load_prompts(), MediaConfig(fps=4, max_frames=4))
-    run = SimpleNamespace(
-        config=SimpleNamespace(seed=0),
-        device=device,
-        policy=policy,
-        tokenizer=tiny_tokenizer(),
-        make=make,
-        encoder=Encoder(policy.thinker, device),
-        judge=None,
-    )
-    return lambda **settings: Evaluator(run, **{"max_completion_length": 8, "batch_size": 3} | settings)
 
 
 def sample(name="s", paths=None, kind="multiple choice", **extra):
@@ -123,24 +65,21 @@ def test_longest_first(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind, text, parsed, exact",
+    "kind, text, parsed",
     [
-        ("multiple choice", "<think>C</think><answer>B</answer>", "B", 1.0),
-        ("multiple choice", "<answer>B. two</answer>", "B", 0.0),
-        ("multiple choice", "B", "B", 1.0),  # without blocks, the whole text
-        ("multiple choice", "It is B", "B", 0.0),
-        ("multiple choice", "", None, 0.0),
-        ("emer_ov_mc", "<answer>C, A</answer>", "A,C", 1.0),
-        ("emer_ov_mc", "<answer>A and C</answer>", "A,C", 0.0),
-        ("judge", "<answer>Yes</answer>", "yes", 1.0),
-        ("judge", "<answer>Yes, it is</answer>", "yes", 0.0),
-        ("numerical", "<answer>3.0</answer>", "3", 1.0),
-        ("free-form", "<answer>a man\nsmiles</answer>", "a man\nsmiles", 1.0),
+        ("multiple choice", "<think>C</think><answer>B</answer>", "B"),
+        ("multiple choice", "It is B", "B"),  # without a block, the whole text
+        ("multiple choice", "", None),
+        ("emer_ov_mc", "<answer>C, A</answer>", "A,C"),
+        ("judge", "<answer>Yes, it is</answer>", "yes"),
+        ("numerical", "<answer>3.0</answer>", "3"),
+        ("free-form", "<answer>a man\nsmiles</answer>", "a man\nsmiles"),
     ],
 )
-def test_parsed_and_exact_answers(kind, text, parsed, exact):
-    scored = evaluation._scored(sample(kind=kind), text, False, {"accuracy": 1.0 if parsed else 0.0, "format": 0.0})
-    assert (scored["parsed"], scored["exact"], scored["no_answer"]) == (parsed, exact, "<answer>" not in text)
+def test_parsed_answers(kind, text, parsed):
+    scores = {"accuracy": 1.0 if parsed else 0.0, "format": 0.0}
+    scored = answer_record(sample(kind=kind), Completion(text, None), scores)
+    assert (scored["parsed"], scored["no_answer"], scored["truncated"]) == (parsed, "<answer>" not in text, None)
 
 
 def test_records_of_one_and_of_several_answers(evaluator, samples):
@@ -273,42 +212,6 @@ def test_system_prompt_of_the_models_chat_template(world):
     assert evaluate.system_text(qwen, load_tokenizer(folder), "default") == "A text of the model's tokenizer."
 
 
-def test_filtered_data_can_be_read_and_says_the_same(samples, tmp_path):
-    extra = Sample(
-        "i",
-        "What is heard?",
-        "multiple choice",
-        ("A. one", "B. two"),
-        "<think>y</think><answer>B</answer>",
-        "image_audio",
-        {"image": "/a/1.png", "audio": "/a/1.wav"},
-        extra={"answer": "B"},
-    )
-    asked = [*samples, extra]
-    records = [
-        {"error": None, "samples": [{"accuracy": float(k < i % 9)} for k in range(8)]} for i in range(len(asked))
-    ]
-    rule = FilterConfig(str(tmp_path / "next" / "kept.jsonl"))
-    expected = [s for i, s in enumerate(asked) if 0 < i % 9 < 6]
-    assert evaluate.write_filtered(rule, asked, records) == len(expected)
-    kept = read_samples([Source(rule.output)])
-    for a, b in zip(expected, kept, strict=True):
-        share = b.extra.pop("share_right")
-        assert 0 < share < 0.75 and (
-            a.id,
-            a.problem,
-            a.problem_type,
-            a.options,
-            a.solution,
-            a.data_type,
-            a.paths,
-            a.extra,
-        ) == (b.id, b.problem, b.problem_type, b.options, b.solution, b.data_type, b.paths, b.extra)
-    assert any(s.paths for s in kept) and any(not s.paths for s in kept)
-    with pytest.raises(DataError, match="no question has a share of right answers between 0.0 and 0.75"):
-        evaluate.write_filtered(rule, asked[:1], [{"error": "gone"}])
-
-
 @pytest.mark.parametrize(
     "values, message",
     [
@@ -319,9 +222,14 @@ def test_filtered_data_can_be_read_and_says_the_same(samples, tmp_path):
         ({"num_samples": 8}, "num_samples: 8 greedy answers are one answer"),
         ({"num_samples": 0}, "num_samples: at least 1, got 0"),
         ({"top_p": 0}, "top_p: expected more than 0, got 0"),
+        ({"senses": []}, "senses: expected at least one of video, audio"),
+        ({"senses": ["sound"]}, "senses[0]: 'sound' is not one of 'video', 'audio'"),
         ({"filter": {"output": "x.jsonl"}}, "filter: needs num_samples of at least 2"),
         ({"filter": {"output": "x.json"}}, "filter: output: expected a file that ends in .jsonl"),
-        ({"filter": {"output": "x.jsonl", "min_share": 0.8}}, "filter: expected 0 <= min_share < max_share <= 1"),
+        (
+            {"filter": {"output": "x.jsonl", "min_share": 0.8}},
+            "filter: min_share, max_share: expected 0 <= min_share < max_share <= 1",
+        ),
     ],
 )
 def test_configs_that_cannot_be_evaluated_are_refused(tmp_path, values, message):
@@ -408,9 +316,25 @@ def test_whole_runs_and_their_comparison(world, config_file):
     for folders, message in (
         ([world / "out", world / "nowhere"], "nowhere: not the folder of a finished evaluation"),
         ([world / "out"], "expected evaluate.py --compare FOLDER FOLDER"),
+        ([world / "out", world / "out", "omit=x"], r"\[only=FILE\] \[exclude=FILE\]"),
     ):
         with pytest.raises(ValueError, match=message):
-            evaluate.compare(folders)
+            evaluate.compare(list(map(str, folders)))
+    (world / "few.txt").write_text("q1\nq2\n\nq7\n")
+    shown = evaluate.compare([str(world / "out"), str(world / "out"), f"only={world / 'few.txt'}"])
+    assert shown.startswith("over 3 of 24 questions:\n  21 left out by the lists `only` and `exclude`\nA: ")
+    assert re.search(r"\nall +3 ", shown) and "of 3 questions in both" in shown
+
+    # its own answers, scored once more
+    predictions = world / "out" / "predictions.jsonl"
+    arguments = evaluate.score_arguments(str(predictions), [str(config_file), f"filter.output={kept}"])
+    with pytest.raises(DataError, match="nothing is left"):
+        evaluate.score(config_from_argv(EvalConfig, arguments, None), str(predictions))
+    assert predictions.read_text() == (world / "out" / "predictions-scored" / "predictions.jsonl").read_text()
+    again = json.loads((world / "out" / "predictions-scored" / "results.json").read_text())
+    assert again.pop("protocol")["answers"] == str(predictions) and again == {
+        key: value for key, value in results.items() if key != "protocol"
+    }
 
 
 def wait_for_answers(folder, running):

@@ -1,44 +1,22 @@
-"""Means, intervals, votes, the difficulty filter and comparisons, on records whose answers are known."""
+"""Means, intervals, votes and comparisons, on records whose answers are known."""
 
 import re
 
 import numpy as np
 import pytest
 
-from hov2.config import FilterConfig
 from hov2.evaluation.results import (
     compare,
     format_comparison,
-    format_filter,
     format_protocol,
     format_summary,
     interval,
-    keep,
     majority,
     mean,
     over_samples,
-    share_right,
     summarize,
 )
-
-
-def answer(accuracy, parsed="A", **values):
-    return {
-        "completion": f"<answer>{parsed}</answer>",
-        "answer": parsed,
-        "parsed": parsed,
-        "accuracy": accuracy,
-        "exact": accuracy,
-        "format": 1.0,
-        "context": None,
-        "no_answer": False,
-        "truncated": False,
-    } | values
-
-
-def record(name, accuracy=None, kind="multiple choice", samples=None, error=None, **values):
-    said = dict.fromkeys(answer(0)) if error else over_samples(samples) if samples else answer(accuracy, **values)
-    return {"id": name, "problem_type": kind, **said, "error": error, "extra": {}}
+from tests.support.evalkit import answer, record
 
 
 def test_mean_leaves_out_what_is_unknown():
@@ -102,7 +80,7 @@ def test_summary_of_single_answers():
     assert summary["by_problem_type"]["multiple choice"]["questions"] == 3  # the unreadable one is one of them
     assert summary["by_problem_type"]["multiple choice"]["accuracy"] == 0.5
     assert summary["by_problem_type"]["free-form"] == {"questions": 1, "accuracy": None, "interval": None}
-    assert set(summary["intervals"]) == {"accuracy", "exact"} and summary["context"] is None
+    assert set(summary["intervals"]) == {"accuracy"} and summary["context"] is None
     low, high = summary["intervals"]["accuracy"]
     assert 0 <= low < 0.5 < high <= 1
     text = format_summary(summary)
@@ -127,26 +105,6 @@ def test_summary_of_nothing_readable():
     summary = summarize([record("a", error="gone")])
     assert summary["accuracy"] is None and summary["intervals"]["accuracy"] is None
     assert "unreadable: 1" in format_summary(summary)
-
-
-@pytest.mark.parametrize(
-    "right, verdict", [(0, "too hard"), (1, "kept"), (5, "kept"), (6, "too easy"), (8, "too easy")]
-)
-def test_filter_bounds_are_open(right, verdict):
-    samples = [answer(1.0)] * right + [answer(0.2)] * (8 - right)  # 0.2 is not above the threshold
-    found = record("a", samples=samples)
-    assert share_right(found, 0.2) == right / 8
-    assert keep(found, FilterConfig("x.jsonl")) == verdict
-
-
-def test_filter_leaves_out_what_is_missing():
-    half = record("a", samples=[answer(1.0), answer(0.0), answer(None)])
-    assert share_right(half, 0.2) == 0.5  # of the scored ones
-    unknown = [record("b", samples=[answer(None)] * 2), record("c", error="gone")]
-    assert [keep(r, FilterConfig("x.jsonl")) for r in unknown] == ["unknown"] * 2
-    table = format_filter([half, *unknown], FilterConfig("x.jsonl")).splitlines()
-    assert table[0].split() == ["problem", "type", "kept", "too", "easy", "too", "hard", "unknown"]
-    assert table[-1].split() == ["all", "1", "0", "0", "2"]
 
 
 def test_comparison_names_what_changed():
@@ -188,10 +146,36 @@ def test_protocol_in_one_line():
         "system_prompt": "none",
         "max_completion_length": 64,
         "temperature": 0.0,
-        "media": {"max_frames": 32, "fps": 2.0, "max_pixels": 100352},
+        "num_samples": 1,
+        "benchmark": None,
+        "senses": ["video", "audio"],
+        "media": {"max_frames": 32, "fps": 2.0, "max_pixels": 100352, "interleave_audio": False},
     }
     assert format_protocol(protocol) == (
-        "model m, system_prompt none, max_completion_length 64, max_frames 32, fps 2.0, max_pixels 100352, temperature 0.0"
+        "model m, system_prompt none, max_completion_length 64, max_frames 32, fps 2.0, max_pixels 100352, temperature 0.0, "
+        "sound after the video"
     )
     sampled = protocol | {"temperature": 0.9, "top_p": 1.0, "top_k": 50, "num_samples": 8, "seed": 0}
-    assert format_protocol(sampled).endswith("temperature 0.9, top_p 1.0, top_k 50, num_samples 8, seed 0")
+    assert "temperature 0.9, top_p 1.0, top_k 50, num_samples 8, seed 0, sound after" in format_protocol(sampled)
+    assert format_protocol(protocol | {"senses": ["video"]}).endswith("picture only")
+
+
+def test_a_benchmark_s_protocol_is_told_beside_the_paper_s():
+    media = {"max_frames": 32, "fps": 2.0, "max_pixels": 200704, "interleave_audio": False}
+    protocol = {
+        "model": "m",
+        "system_prompt": "hov2",
+        "max_completion_length": 2048,
+        "temperature": 0.0,
+        "num_samples": 1,
+        "benchmark": "daily-omni",
+        "senses": ["video", "audio"],
+        "media": media,
+    }
+    open_ = "; the paper doesn't say: max_pixels (here 200704), decoding (here greedy)"
+    assert format_protocol(protocol).splitlines()[1] == f"protocol: the paper's where it is known{open_}"
+    other = protocol | {"media": media | {"max_frames": 64, "interleave_audio": True}, "max_completion_length": 64}
+    assert format_protocol(other).splitlines()[1] == (
+        "unlike the paper's protocol: max_frames 64 (paper 32), interleave_audio True (paper False), "
+        f"max_completion_length 64 (paper 2048){open_}"
+    )

@@ -88,7 +88,6 @@ def write_run(folder, steps=2, video=DATA / "bigbuckbunny.mp4", accuracy=0.0):
         "answer": EVIL,
         "parsed": EVIL[:30],
         "accuracy": accuracy,
-        "exact": accuracy,
         "format": 0.0,
         "context": None,
         "no_answer": False,

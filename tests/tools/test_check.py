@@ -259,7 +259,7 @@ def test_kinds_of_config(tmp_path):
         ("stage1", SFTConfig),
         ("stage2", GRPOConfig),
         ("stage3", GRPOConfig),
-        ("eval", EvalConfig),
+        ("eval_intentbench", EvalConfig),
         ("toy/stage1", SFTConfig),
         ("toy/stage2", GRPOConfig),
     ):

@@ -19,12 +19,14 @@ from hov2.config_io import load_config
 from hov2.data.inputs import InputMaker
 from hov2.data.media import read_media
 from hov2.data.samples import read_samples
+from hov2.evaluation.senses import compare_senses
 from hov2.judge import CompletionJudge, Judge
 from hov2.model.thinker import load_thinker, load_tokenizer
 from hov2.prompts import load_prompts
 from hov2.rewards import Completion, accuracy_reward, context_reward, format_reward, logic_reward
 from hov2.spans import span_masks, token_bytes_of
 from hov2.toy import __main__ as command
+from tests.support.evalkit import record
 
 SMALL = {"train_clips": 16, "rl_clips": 8, "eval_clips": 8, "sft_samples": 400}
 
@@ -75,7 +77,7 @@ def test_files_are_read_as_written(world):
 
 
 def test_references_of_rl_and_evaluation_are_right_and_the_cold_start_is_flawed(world):
-    for name in ("train_rl", "eval", "swapped_sound", "swapped_picture"):
+    for name in ("train_rl", "eval"):
         for sample in read_samples([Source(str(world / f"{name}.json"))]):
             assert format_reward(sample.solution) == 1 and "plain" not in sample.solution
     flawed = read_samples([Source(str(world / "train_sft.json"))])
@@ -118,14 +120,6 @@ def test_the_shortcut_is_right_where_the_voice_agrees_with_the_face_and_only_the
         agrees = (clip["face"] == "smile") == (clip["voice"] == "rising")
         reward = accuracy_reward(toy.solution(kind, clip, shortcut=True), toy.solution(kind, clip), kind)
         assert (reward == 1) == agrees
-
-
-def test_swapped_clips_keep_one_sense_and_change_the_answer():
-    originals = clips(16)
-    for sense, kept in (("sound", "face"), ("picture", "voice")):
-        for before, after in zip(originals, toy.swapped(originals, sense)):
-            assert after[kept] == before[kept]
-            assert toy.true_answer("multiple choice", after) != toy.true_answer("multiple choice", before)
 
 
 def test_tags_split_over_tokens_and_merge_with_their_neighbours(world):
@@ -192,6 +186,15 @@ def test_the_judge_answers_the_first_call_and_gives_no_score_for_what_it_does_no
     assert toy.rule_score({"something": "else"}) is None
 
 
+def test_the_last_evaluation_is_with_either_sense_alone_too(monkeypatch):
+    commands = []
+    monkeypatch.setattr(toy.run.subprocess, "run", lambda command, **_: commands.append(command))
+    steps = dict(command.steps_of_run())
+    assert list(steps)[-1] == "senses" and steps["senses"]["output_dir"] == "runs/toy/stage3/eval"
+    toy.run.run_script("senses", steps["senses"], processes=1)
+    assert commands[0][1:4] == ["evaluate.py", "--senses", "configs/toy/eval.json"]
+
+
 def test_prepare_leaves_other_configs_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(toy.run, "build_world", lambda *_: pytest.fail("built a world"))
     toy.prepare(SFTConfig(model="m", output_dir=str(tmp_path), data=[Source("data/other.json")]))
@@ -226,7 +229,8 @@ def test_a_new_run_sets_its_own_earlier_one_aside_and_leaves_the_reader_s(tmp_pa
 
 def test_the_configs_of_a_run_write_only_what_the_next_run_sets_aside():
     for step, settings in command.steps_of_run():
-        config = json.loads((toy.CONFIGS / f"{step}.json").read_text()) | settings
+        name = "eval" if step == "senses" else step
+        config = json.loads((toy.CONFIGS / f"{name}.json").read_text()) | settings
         for place in [config["output_dir"], config.get("filter", {}).get("output", config["output_dir"])]:
             assert Path(place).relative_to(toy.ROOT).parts[0] in toy.run.WRITTEN
 
@@ -241,9 +245,11 @@ def test_evaluations_of_the_toy_s_model_go_aside_with_it():
 def test_the_table_says_what_its_figures_are_worth(quick):
     scores = {"questions": 2, "accuracy": 0.5, "format": 1.0, "context": None}
     stage = scores | {"by_problem_type": dict.fromkeys(toy.QUESTIONS, 0.25)}
-    swap = {"sound": {"questions": 2, "format": 1.0, "changed_to_fit": 0.5}}
-    summary = {"quick": quick, "stages": {"stage3": stage}, "swap": swap, "questions_left": {"stage2": 7}, "seconds": 3}
-    text = command.format_summary(summary)
+    records = [record("q1", 1.0), record("q2", 1.0)]
+    senses = compare_senses({"both": records, "picture": records, "sound": [record("q1", 0.0, parsed="B"), records[1]]})
+    summary = {"quick": quick, "stages": {"stage3": stage}, "senses": senses}
+    text = command.format_summary(summary | {"questions_left": {"stage2": 7}, "seconds": 3})
+    assert "without the picture 1 of 2 answers are others" in text
     assert "differ a little from one CPU to another" in text
     assert ("--quick: these figures show that everything runs, and nothing else" in text) == quick
 
