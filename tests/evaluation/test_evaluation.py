@@ -108,14 +108,14 @@ def test_training_rewards_give_nothing_without_an_answer_block(evaluator):
 
 def test_a_judge_that_is_down_is_waited_for(evaluator, monkeypatch):
     monkeypatch.setattr(scoring, "HEARTBEAT", 0.02)
-    with FaultyJudge(["404", None]) as server:
+    with FaultyJudge(["500", None]) as server:
         run = evaluator().run
-        run.judge = Judge(JudgeConfig(url=server.url, concurrency=1), load_prompts())
+        run.judge = Judge(JudgeConfig(url=server.url, concurrency=1, max_retries=0), load_prompts())
         _, records = Evaluator(run, max_completion_length=8, batch_size=3).evaluate(
             [sample(str(i), kind="free-form") for i in range(3)]
         )
         assert all(record["accuracy"] is not None for record in records)
-        assert server.injected == {"404": 1} and server.asked == 5  # 3, the small question, and the first one's again
+        assert server.injected == {"500": 1} and server.asked == 5  # 3, the small question, and the first one's again
 
 
 # ---- The journal ----
