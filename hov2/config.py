@@ -264,7 +264,8 @@ class GRPOConfig(TrainConfig):
         whole_weight = sum(self.reward_weights.get(name, 0) for name in of_completion)
         _need(
             whole_weight or self.judged_advantage == "own",
-            f"reward_weights: with judged_advantage={self.judged_advantage}, {' or '.join(of_completion)} above 0 is needed",
+            f"reward_weights: with judged_advantage={self.judged_advantage}, {' or '.join(of_completion)} above 0 is "
+            "needed",
         )
         judged = [repr(name) for name, reward in REWARDS.items() if reward.needs_judge and name in self.reward_weights]
         _need(
@@ -291,7 +292,8 @@ class FilterConfig(Checked):
         _need(self.output.endswith(".jsonl"), f"output: expected a file that ends in .jsonl, got {self.output!r}")
         _need(
             0 <= self.min_share < self.max_share <= 1,
-            f"min_share, max_share: expected 0 <= min_share < max_share <= 1, got {self.min_share} and {self.max_share}",
+            "min_share, max_share: expected 0 <= min_share < max_share <= 1, "
+            f"got {self.min_share} and {self.max_share}",
         )
 
 

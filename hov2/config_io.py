@@ -22,7 +22,7 @@ IN_WORDS = {dict: "an object", list: "a list", float: "a number"}  # types whose
 
 
 def load_config(cls: type[AnyConfig], path: str | Path | None, overrides: Iterable[str] = ()) -> AnyConfig:
-    """Read `path` (JSON) into the dataclass `cls`, and apply `key=value` overrides; without a path there are only these.
+    """Read `path` (JSON) into the dataclass `cls`, and apply `key=value` overrides; without a path only these count.
 
     Raises ConfigError for a missing file, broken JSON, an unknown key (naming the nearest known one), a missing
     required key, or a value of the wrong type.

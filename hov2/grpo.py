@@ -162,7 +162,7 @@ def grpo_loss(
     | dr_grpo       | sum of its tokens  | `num_items` (default: B) times `max_completion_length` |
 
     Returns (loss, metrics); metrics are detached means over the mask's tokens: `kl`, `clip_ratio/low_mean`,
-    `clip_ratio/high_mean`. Source: docs/method.md, "4. Ratio"; equal to TRL's values and gradients with its plain k3 KL.
+    `clip_ratio/high_mean`. Source: docs/method.md, "4. Ratio"; equal to TRL's values and gradients with a plain k3 KL.
     """
     if beta and ref_per_token_logps is None:
         raise ValueError("beta is not 0, so ref_per_token_logps is needed")

@@ -81,7 +81,7 @@ class Judge:
         return reply
 
     def probe(self) -> JudgeReply:
-        """Ask a rubric's question about an invented clip, also of servers that are left alone; not cached or counted."""
+        """Ask a rubric's question about an invented clip, also servers that are left alone; not cached or counted."""
         messages = self.prompts.judge_messages("context", reference=_CLIP, candidate=_CLIP)
         return self._ask(messages, 5, private=[], leave_alone=False)
 

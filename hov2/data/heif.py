@@ -86,6 +86,7 @@ class _Meta:
         self.types = self._types()
 
     def layout(self) -> Layout:
+        """Return how the primary picture and its alpha are put together."""
         fields = _Fields(self.boxes[b"pitm"])
         primary = fields.number(4 if fields.version else 2)
         alpha = None

@@ -5,8 +5,8 @@
     attention    causal   prompt + own causal part, for each completion
 
 In a GRPO step the prompt (thousands of video and audio tokens) is most of the work; plain batching repeats it G times
-in every forward and backward pass. The result is the same numbers: `tests/model/test_prefix.py` compares values and gradients
-with G separate rows. Idea: PrefixGrouper (2025), here as an attention function of 20 lines.
+in every forward and backward pass. The result is the same numbers: `tests/model/test_prefix.py` compares values and
+gradients with G separate rows. Idea: PrefixGrouper (2025), here as an attention function of 20 lines.
 """
 
 from collections.abc import Callable

@@ -107,7 +107,8 @@ def has_own_head(name: str) -> bool:
 def design(name: str, dtype: torch.dtype, towers: bool = True, own_head: bool = False) -> Thinker:
     """Return the thinker that `name` describes on the meta device: names, shapes and types, no memory; towers frozen.
 
-    With `own_head` the lm_head is a weight of its own, whatever the config says. Raises ModelError for a name that is neither a folder nor reachable, and for another kind of model.
+    With `own_head` the lm_head is a weight of its own, whatever the config says. Raises ModelError for a name that is
+    neither a folder nor reachable, and for another kind of model.
     """
     config = _read(AutoConfig, name)
     if config.model_type not in ("qwen2_5_omni", "qwen2_5_omni_thinker"):
