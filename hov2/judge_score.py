@@ -50,8 +50,8 @@ _NO_SCORES = re.compile(
 )
 # Words behind a number that don't say what it counts, as "pens" does in "7 pens".
 _GO_ON = (
-    "or|to|and|out|of|but|points?|pairs?|stars?|is|was|would|might|may|instead|seems|because|since|as|for|in|at|on|with|"
-    "too|rather|not|here|overall|then|if"
+    "or|to|and|out|of|but|points?|pairs?|stars?|is|was|would|might|may|instead|seems|because|since|as|for|in|at|on|"
+    "with|too|rather|not|here|overall|then|if"
 )
 # Behind a number that counts something: "7 pens", "2 of the clues", "4-year-old".
 _COUNTS = re.compile(rf"(?:-|\s+of (?:the|its|these|those|all)\b|\s+(?!(?:{_GO_ON})\b)[a-z])")
@@ -63,8 +63,8 @@ def parse_score(reply: str, maximum: int = 5) -> float | None:
 
     "4", "**4**", "Score: 4", "4/5", "I'd give it a 4.", "4: nearly all", "1 + 1 + 1 + 0 + 1 = 4" are scores; a leading
     closed think block is left out, and other sentences may count things: "The score is 4.\\n\\nMia has 7 pens". None
-    for a number out of range, another denominator, two scores that differ, a range, a negative number, a wrong sum, markup,
-    and numbers that nothing calls a score.
+    for a number out of range, another denominator, two scores that differ, a range, a negative number, a wrong sum,
+    markup, and numbers that nothing calls a score.
     """
     thinking = _THINKING.match(reply) or _END_OF_THINKING.match(reply)
     text = reply[thinking.end() :] if thinking else reply
