@@ -482,6 +482,7 @@ def run_mutations(folder, first, count, clips):
     return lines
 
 
+@pytest.mark.slow
 def test_twenty_mutations(good_clips, tmp_path):
     lines = run_mutations(tmp_path, 0, 20, good_clips)
     assert any(line.endswith(": Media") for line in lines) and any("MediaError" in line for line in lines)

@@ -560,12 +560,14 @@ def write_png(path, side):
     return path
 
 
+@pytest.mark.slow
 def test_memory_for_a_large_picture(tmp_path):
     side = 4000
     small = write_png(tmp_path / "small.png", 100)
     assert megabytes(small, write_png(tmp_path / "large.png", side)) < 3 * side * side * 4 / 2**20
 
 
+@pytest.mark.slow
 def test_memory_for_sound_of_a_high_rate(tmp_path):
     """A minute at 192 kHz would be 46 MB as float32; at 16 kHz it is 4."""
     for name, seconds in (("small", 1), ("large", 60)):

@@ -220,6 +220,7 @@ def metrics(folder):
     return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_nan_on_one_rank_skips_the_update_on_all(lab, trained):
     _, out, err = trained
     lines = metrics(lab / "plain")
@@ -231,6 +232,7 @@ def test_a_loss_that_is_nan_on_one_rank_skips_the_update_on_all(lab, trained):
     assert re.fullmatch(r"step 1: the loss of s\d is not finite; no update", said[0])
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_at_the_boundary_and_resume_goes_on(lab, trained):
     assert "SIGUSR1: stops after 2 of 4 steps; resume=auto goes on from there" in trained[1]
     assert f"resumed from {lab / 'stopped' / 'checkpoint-2'}" in trained[1]
@@ -240,12 +242,14 @@ def test_a_signal_to_one_rank_stops_all_at_the_boundary_and_resume_goes_on(lab, 
     assert all((a[key] == b[key]).all() for key in a)
 
 
+@pytest.mark.slow
 def test_more_bad_steps_than_allowed_end_the_run(lab, trained):
     assert trained[1].count("step 0: the loss of ") == 2  # both iterations of the first step
     for rank in (0, 1):
         assert f"rank {rank}: step 0: 2 updates skipped for a loss or gradient that is not finite" in trained[1]
 
 
+@pytest.mark.slow
 def test_of_two_ranks_one_hangs_and_fails_and_all_end(trained):
     assert_rank_1_hung_and_failed(trained[0], trained[2])
 

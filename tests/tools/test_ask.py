@@ -216,6 +216,7 @@ def test_wrong_usage(arguments, capsys):
     assert caught.value.code == 2 and "expected CLIP and QUESTION" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_from_the_command_line(lab):
     """As a program, also where the terminal claims not to know UTF-8."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}

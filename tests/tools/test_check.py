@@ -283,6 +283,7 @@ def test_unusable_configs_are_exit_code_2(tmp_path, capsys):
         assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_command_with_several_processes(tmp_path, clips):
     names = ["sound.mp4", "silent.mp4", "still.png", "broken.mp4"]
     path = config(
