@@ -105,7 +105,8 @@ def main(config: SFTConfig) -> None:
         if stopping:
             break
     else:
-        export(policy, f"{config.output_dir}/model", config.model, distributed.compute_dtype(config.dtype, device))
+        dtype = distributed.compute_dtype(config.dtype, device)
+        export(policy, f"{config.output_dir}/model", config.model, dtype, config.export, config.media)
         print0(f"model: {config.output_dir}/model")
     checkpoints.close()
     loader.close()

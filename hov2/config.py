@@ -197,6 +197,7 @@ class TrainConfig(BaseConfig):
     keep_every: int = 0  # checkpoints after a multiple of this many steps are kept too; 0: no others
     resume: Literal["auto", "never"] = "never"  # auto: from the newest whole checkpoint in output_dir, if there is one
     report_to: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)  # beside metrics.jsonl
+    export: Literal["thinker", "omni"] | None = None  # what the model is written as: layout.py; null: as `model` is
     profile_steps: list[int] = field(default_factory=list)  # steps that leave a trace of torch.profiler: log.traced
 
     def __post_init__(self):

@@ -157,8 +157,9 @@ class HeldOut:
         accuracy = summary["accuracy"]
         if accuracy is not None and (self.best is None or accuracy > self.best):
             dtype = compute_dtype(config.dtype, self.run.device)
+            best = f"{config.output_dir}/best"
             try:
-                export(self.run.policy, f"{config.output_dir}/best", config.model, dtype)
+                export(self.run.policy, best, config.model, dtype, config.export, config.media)
                 self.best = accuracy
             except WriteError as error:
                 print0(f"warning: {error}; the run goes on, with the best policy before this one")

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.utils import cached_file
 
+from hov2.config import MediaConfig
 from hov2.distributed import WriteError, gather_objects, rank, rank_zero_first
+from hov2.model.layout import adapt, key_in, kind_of
 
 INDEX = "model.safetensors.index.json"
 INSIDE = ("model.language_model.", "model.visual.", "model.audio_tower.")  # how the thinker names its own parts
@@ -140,28 +142,43 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def export(policy: nn.Module, folder: str | Path, name: str, dtype: torch.dtype) -> None:
-    """Write the policy as a Hugging Face folder like the one it came from: what went in comes out.
+def export(
+    policy: nn.Module,
+    folder: str | Path,
+    name: str,
+    dtype: torch.dtype,
+    kind: str | None = None,
+    media: MediaConfig | None = None,
+) -> None:
+    """Write the policy as a Hugging Face folder: like the one it came from, or as a thinker or full Qwen2.5-Omni.
 
-    `name` is the model that the run began with: its files are written anew, a thinker's as a thinker's and those of a
-    full Qwen2.5-Omni with its talker and vocoder, the thinker's tensors as `dtype`. Tokenizer and other small files are
-    copied, subfolders too. All ranks call it, and gather one tensor at a time; rank 0 writes. A module with a
-    `merged_weight` (LoRA) says itself what its weight has become. Raises WriteError, on all ranks, where the disk is
-    full.
+    `name` is the model that the run began with: its files are written anew, the thinker's tensors as `dtype`, tokenizer
+    and other small files, subfolders too, as `layout.adapt` says, which `media` is for. `kind`: "thinker" leaves talker
+    and vocoder out; "omni" is a full model, with those of the source if it has them; None is what the source is. All
+    ranks call it, and gather one tensor at a time; rank 0 writes. A module with a `merged_weight` (LoRA) says itself
+    what its weight has become. Raises WriteError, on all ranks, where the disk is full.
     """
     folder = Path(folder)
     source = source_folder(name)
+    source_kind = kind_of(source)
+    kind = kind or source_kind
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     output = _Output(unfinished)
     output.tried(_empty_folder, unfinished)
     names = {}  # of the thinker's parameters, both of tied weights: as files have them, to as this transformers does
     for parameter_name, _ in policy.thinker.named_parameters(remove_duplicate=False):
         names[thinker_name(parameter_name)] = parameter_name
-    sizes = {}  # bytes of each file's tensors
+    tied = policy.thinker.lm_head.weight is policy.thinker.get_input_embeddings().weight
+    total_size = 0  # bytes of all tensors
+    weight_map = {}  # {key in the export: file}
     for path in _files(source):
-        sizes[path.name] = _write_like(path, output, policy.thinker, names, dtype)
-    output.tried(_copy_small_files, source, unfinished, policy.thinker, dtype)
-    output.tried(_write_index, source, unfinished, sizes)
+        keys = _keys_in(path, source_kind, kind)
+        if keys:
+            total_size += _write_like(path, output, policy.thinker, names, dtype, keys)
+        weight_map |= dict.fromkeys(keys, path.name)
+    output.tried(_copy_small_files, source, unfinished)
+    output.tried(adapt, unfinished, source_kind, kind, dtype, tied, media)
+    output.tried(_write_index, source, unfinished, weight_map, total_size)
     output.tried(_put_in_place, unfinished, folder)  # only now: it may be the very folder that the run began with
     problem = gather_objects(output.problem)[0]
     if problem:
@@ -215,24 +232,12 @@ def _put_in_place(unfinished: Path, folder: Path) -> None:
     unfinished.rename(folder)
 
 
-def _copy_small_files(source: Path, target: Path, thinker: nn.Module, dtype: torch.dtype) -> None:
-    """Copy all but the weights from one model's folder to another; a thinker's config then names `dtype`.
-
-    The config also says so where the head isn't tied to the embeddings.
-    """
+def _copy_small_files(source: Path, target: Path) -> None:
+    """Copy all but the weights from one model's folder to another."""
     for path in _small_files(source):
         copy = target / path.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    of_thinker = config
-    if config["model_type"] == "qwen2_5_omni":  # it speaks of the other parts too
-        of_thinker = config["thinker_config"]
-    else:
-        config["dtype"] = str(dtype).removeprefix("torch.")
-    if thinker.lm_head.weight is not thinker.get_input_embeddings().weight:
-        of_thinker["tie_word_embeddings"] = False
-    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _small_files(folder: Path) -> list[Path]:
@@ -261,12 +266,24 @@ def _is_weights(path: Path) -> bool:
     return path.name.endswith((*WEIGHTS, ".bin.index.json"))
 
 
-def _write_index(source: Path, target: Path, sizes: dict[str, int]) -> None:
-    """Write the index of weights in several files, with their new size; nothing for a model in one file."""
+def _write_index(source: Path, target: Path, weight_map: dict[str, str], total_size: int) -> None:
+    """Write the index of weights in several files, {key: file} and their new size; nothing for a model in one file."""
     if (source / INDEX).exists():
         index = json.loads((source / INDEX).read_text(encoding="utf-8"))
-        index["metadata"] = index.get("metadata", {}) | {"total_size": sum(sizes.values())}
+        index["metadata"] = index.get("metadata", {}) | {"total_size": total_size}
+        index["weight_map"] = weight_map
         (target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _keys_in(path: Path, source_kind: str, kind: str) -> dict[str, str]:
+    """Return {key in an export of `kind`: key} of what a safetensors file has for it."""
+    keys = {}
+    with safe_open(path, framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118, no dict
+            exported = key_in(key, source_kind, kind)
+            if exported is not None:
+                keys[exported] = key
+    return keys
 
 
 def _exported(thinker: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
@@ -278,11 +295,13 @@ def _exported(thinker: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
     return whole(getattr(module, leaf).detach().to(dtype))
 
 
-def _write_like(path: Path, output: _Output, thinker: nn.Module, names: dict[str, str], dtype: torch.dtype) -> int:
+def _write_like(
+    path: Path, output: _Output, thinker: nn.Module, names: dict[str, str], dtype: torch.dtype, keys: dict[str, str]
+) -> int:
     """Write the safetensors file `path` anew, with the thinker's own tensors for `names`, as `dtype`.
 
-    names: {as `thinker_name` gives it: the parameter's name in this version of transformers}. Returns the bytes of all
-    tensors.
+    names: {as `thinker_name` gives it: the parameter's name in this version of transformers}; keys: {new key: old one}
+    of the tensors that are written. Returns the bytes of all tensors.
 
     The format: the header's length in 8 bytes, the header as JSON, then the tensors' bytes one after the other; those
     of larger types first, so that each starts at a multiple of its type's size.
@@ -290,8 +309,7 @@ def _write_like(path: Path, output: _Output, thinker: nn.Module, names: dict[str
     with open(path, "rb") as old:
         old_start = 8 + int.from_bytes(old.read(8), "little")  # of the tensors
         old_header = json.loads(old.read(old_start - 8))
-        old_header.pop("__metadata__", None)
-        header = _new_header(old_header, names, dtype)
+        header = _new_header({key: old_header[old_key] for key, old_key in keys.items()}, names, dtype)
         text = json.dumps({"__metadata__": {"format": "pt"}} | header).encode()
         text += b" " * (-len(text) % 8)
         output.open(path.name)
@@ -301,7 +319,7 @@ def _write_like(path: Path, output: _Output, thinker: nn.Module, names: dict[str
                 tensor = _exported(thinker, names[thinker_name(key)], dtype)
                 output.write(tensor.cpu().contiguous().view(torch.uint8).numpy())
             else:
-                begin, end = old_header[key]["data_offsets"]
+                begin, end = old_header[keys[key]]["data_offsets"]
                 old.seek(old_start + begin)
                 output.write(old.read(end - begin))
         output.close()

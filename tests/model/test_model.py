@@ -8,9 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import Qwen2_5OmniThinkerForConditionalGeneration
+from transformers import (
+    Qwen2_5OmniForConditionalGeneration,
+    Qwen2_5OmniThinkerForConditionalGeneration,
+    WhisperFeatureExtractor,
+)
 
-from hov2.config import ConfigError, LoRAConfig
+from hov2.config import ConfigError, LoRAConfig, MediaConfig
+from hov2.data.sound import _whisper
 from hov2.distributed import WriteError
 from hov2.model.encoder import Encoder
 from hov2.model.lora import LoRALinear, adapters_off, add_lora
@@ -143,6 +148,72 @@ def test_thinker_goes_back_into_a_thinker(tmp_path):
     small = [{p.name for p in (tmp_path / name).iterdir()} for name in ("model", "out")]
     assert small[0] == small[1]
     assert len(load_tokenizer(str(tmp_path / "out"))) == len(tiny_tokenizer())
+
+
+def logits_with_media(thinker):
+    """Next-token logits after a prompt with a video and its sound."""
+    prompt = Encoder(thinker, torch.device("cpu"))(random_inputs())
+    embeds = embed(thinker, prompt.ids, prompt.visual, prompt.audio)[None]
+    with torch.no_grad():
+        return thinker.lm_head(decode(thinker, embeds, prompt.position_ids[:, None], None))
+
+
+@pytest.mark.parametrize("layout", ["one file", "in several files", "tied"])
+def test_a_thinker_is_exported_as_an_omni_that_others_load(tmp_path, layout):
+    thinker = tiny_thinker()
+    if layout == "tied":
+        for config in (thinker.config, thinker.config.text_config):
+            config.tie_word_embeddings = True
+        thinker.tie_weights()
+    thinker.save_pretrained(tmp_path / "model", max_shard_size="200KB" if layout == "in several files" else "1GB")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    policy = changed_policy(tmp_path / "model")
+    out = tmp_path / "out"
+    export(policy, out, str(tmp_path / "model"), torch.float32, "omni", MediaConfig(min_pixels=784, max_pixels=7840))
+    full = Qwen2_5OmniForConditionalGeneration.from_pretrained(out)
+    assert not full.has_talker and full.dtype == torch.float32
+    for (name, ours), theirs in zip(policy.thinker.named_parameters(), full.thinker.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    assert torch.equal(logits_with_media(load_thinker(str(out), torch.float32)), logits_with_media(policy.thinker))
+    preprocessor = json.loads((out / "preprocessor_config.json").read_text())
+    assert (preprocessor["min_pixels"], preprocessor["max_pixels"]) == (784, 7840)
+    theirs = WhisperFeatureExtractor.from_pretrained(out).to_dict()
+    ours = _whisper().to_dict()
+    assert {key for key in ours if ours[key] != theirs[key]} <= {"return_attention_mask"}  # hov2 says it at each call
+
+    export(policy, tmp_path / "back", str(out), torch.float32, "thinker")
+    back = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(tmp_path / "back")
+    assert torch.equal(back.lm_head.weight, policy.thinker.lm_head.weight)
+    before, after = (
+        {key for file in (tmp_path / name).glob("*.safetensors") for key in load_file(file)}
+        for name in ("model", "back")
+    )
+    assert before == after and not (tmp_path / "back" / "spk_dict.pt").exists()
+
+
+def test_a_full_checkpoint_is_exported_as_a_thinker(full_omni, tmp_path):
+    policy = changed_policy(full_omni)
+    export(policy, tmp_path / "out", str(full_omni), torch.bfloat16, "thinker")
+    loaded = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(tmp_path / "out")
+    assert torch.equal(loaded.lm_head.weight, policy.thinker.lm_head.weight.bfloat16())
+    weight_map = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(weight_map) == len(list(policy.thinker.parameters())) and "talker.weight" not in weight_map
+    assert not (tmp_path / "out" / "spk_dict.pt").exists()
+
+
+def test_an_export_says_what_a_processor_needs_and_keeps_what_was_said(tmp_path):
+    tiny_thinker().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "tokenizer_config.json"
+    said = json.loads(file.read_text())
+    del said["video_token"]
+    file.write_text(json.dumps(said))
+    policy = changed_policy(tmp_path / "model")
+    export(policy, tmp_path / "out", str(tmp_path / "model"), torch.float32, media=MediaConfig(max_pixels=7840))
+    assert load_tokenizer(str(tmp_path / "out")).video_token == "<|VIDEO|>"
+    export(policy, tmp_path / "again", str(tmp_path / "out"), torch.float32, media=MediaConfig(max_pixels=1568))
+    for name in ("out", "again"):  # the second run's model has a preprocessor, which stays as it is
+        assert json.loads((tmp_path / name / "preprocessor_config.json").read_text())["max_pixels"] == 7840
 
 
 def test_a_model_that_is_not_there_is_one_clear_error(tmp_path, monkeypatch):
