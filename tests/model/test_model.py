@@ -211,7 +211,7 @@ def test_an_export_says_what_a_processor_needs_and_keeps_what_was_said(tmp_path)
     policy = changed_policy(tmp_path / "model")
     export(policy, tmp_path / "out", str(tmp_path / "model"), torch.float32, media=MediaConfig(max_pixels=7840))
     assert load_tokenizer(str(tmp_path / "out")).video_token == "<|VIDEO|>"
-    export(policy, tmp_path / "again", str(tmp_path / "out"), torch.float32, media=MediaConfig(max_pixels=1568))
+    export(policy, tmp_path / "again", str(tmp_path / "out"), torch.float32, media=MediaConfig(max_pixels=15680))
     for name in ("out", "again"):  # the second run's model has a preprocessor, which stays as it is
         assert json.loads((tmp_path / name / "preprocessor_config.json").read_text())["max_pixels"] == 7840
 
