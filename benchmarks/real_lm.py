@@ -31,7 +31,7 @@ from transformers import (
     Qwen2_5OmniThinkerForConditionalGeneration,
 )
 
-from hov2.evaluation.results import interval, mean, table
+from hov2.evaluation.results import compare, interval, mean, table
 from hov2.model.versions import decoder_of
 
 # ---- The graft -------------------------------------------------------------------------------------------------------
@@ -317,6 +317,9 @@ def report(run, svg=None):
         rows.append((group, len(names), *score_cells("accuracy", names, found)))
     rows.append(("format", len(groups["all"]), *score_cells("format", groups["all"], found)))
     print(table(rows))
+    change = compare(*[list(answers.values()) for answers in found.values()])
+    low, high = change["interval"]
+    print(f"difference of the accuracies {change['difference']:+.3f} [{low:+.3f}, {high:+.3f}], question by question")
     steps = read_lines(run / "grpo" / "metrics.jsonl")
     for name in CURVES:
         values = [step[f"rewards/{name}/mean"] for step in steps]
