@@ -50,7 +50,7 @@ def kind_of(folder: Path) -> str:
 
 
 def key_in(key: str, source_kind: str, kind: str) -> str | None:
-    """Return a tensor's key in an export of `kind`, from its key in the source; None for what a thinker doesn't have."""
+    """Return a tensor's key in an export of `kind`, from its key in the source; None for what a thinker lacks."""
     if source_kind == kind:
         return key
     if kind == "omni":
