@@ -66,6 +66,8 @@ SECRET_TEXT = "the woman in the green coat hides a letter"
         ("The sum of the points is 1 + 1 + 1 + 0 + 1 = 4.", 4), ("4 (1 + 1 + 1 + 0 + 1)", 4),
         ("1 + 1 + 1 + 0 + 1 = 5", None), ("1 + 1 + 1 + 0 + 1", None), ("Score: 1 + 1 + 1", None), ("4+", None),
         ("1. Yes (1 point)\n2. No (0 points)\n3. Yes (1 point)\n\nTotal: 2", 2),
+        ("1. 1\n2. 0\n3. 1\n4. 1\n5. 1\nTotal: 4", 4), ("Question 1: 1\nQuestion 2: 0\nScore: 1", 1),
+        ("1. 1\n2. 0\n3. 1\nTotal: 3", None), ("1. 1\n2. 0\n3. 1", None), ("1. 4", None),
         ("1. Yes (1 point)\n2. No (0 points)\n3. Yes (1 point)\n\nTotal: 3", None), ("heard? Yes (1 point)", None),
         # other ways to say it
         ("**Score: 4**", 4), ("I'd give it a 4.", 4), ("Rating: 4 (good)", 4), ("Final answer: 4", 4), ("- Score: 4", 4),
