@@ -278,12 +278,20 @@ def _write_index(source: Path, target: Path, weight_map: dict[str, str], total_s
 def _keys_in(path: Path, source_kind: str, kind: str) -> dict[str, str]:
     """Return {key in an export of `kind`: key} of what a safetensors file has for it."""
     keys = {}
-    with safe_open(path, framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118, no dict
-            exported = key_in(key, source_kind, kind)
-            if exported is not None:
-                keys[exported] = key
+    for key in _header(path)[0]:
+        exported = key_in(key, source_kind, kind)
+        if exported is not None:
+            keys[exported] = key
     return keys
+
+
+def _header(path: Path) -> tuple[dict[str, dict], int]:
+    """Return a safetensors file's header, {key: its "dtype", "shape" and "data_offsets"}, and where tensors begin."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return header, 8 + length
 
 
 def _exported(thinker: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
@@ -306,9 +314,8 @@ def _write_like(
     The format: the header's length in 8 bytes, the header as JSON, then the tensors' bytes one after the other; those
     of larger types first, so that each starts at a multiple of its type's size.
     """
+    old_header, old_start = _header(path)
     with open(path, "rb") as old:
-        old_start = 8 + int.from_bytes(old.read(8), "little")  # of the tensors
-        old_header = json.loads(old.read(old_start - 8))
         header = _new_header({key: old_header[old_key] for key, old_key in keys.items()}, names, dtype)
         text = json.dumps({"__metadata__": {"format": "pt"}} | header).encode()
         text += b" " * (-len(text) % 8)
