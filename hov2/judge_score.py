@@ -19,7 +19,8 @@ _THINKING = re.compile(
 )
 _END_OF_THINKING = re.compile(r"(?:(?!<think>).)*</think>", re.DOTALL)
 
-# "1. ", "2) ", "Question 3: " in front of a line, and such a line that ends with its points: "1. Yes (1 point)", "2. 0".
+# "1. ", "2) ", "Question 3: " in front of a line, and such a line that ends with its points: "1. Yes (1 point)" or
+# "2. 0".
 _LABEL = r"^\s*(?:[-•]\s+)?(?:(?:question|criterion|item|q)\s*\d+[.):]|\d+[.)])\s+"
 _LISTED = re.compile(rf"{_LABEL}(?=[^\W\d])", re.IGNORECASE)
 _POINTS_OF_ITEM = re.compile(rf"{_LABEL}(?:[^\W\d].*?[(:=\s-])?(\d+(?:\.\d+)?)(?:\s*points?)?\W*", re.IGNORECASE)
