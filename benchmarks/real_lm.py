@@ -32,20 +32,12 @@ from transformers import (
 )
 
 from hov2.evaluation.results import compare, interval, mean, table
+from hov2.model.layout import MEDIA_TOKENS
 from hov2.model.versions import decoder_of
 
 # ---- The graft -------------------------------------------------------------------------------------------------------
 
 CHATML = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
-MEDIA_TOKENS = {
-    "image_token": "<|IMAGE|>",
-    "audio_token": "<|AUDIO|>",
-    "video_token": "<|VIDEO|>",
-    "vision_bos_token": "<|vision_bos|>",
-    "vision_eos_token": "<|vision_eos|>",
-    "audio_bos_token": "<|audio_bos|>",
-    "audio_eos_token": "<|audio_eos|>",
-}
 TOKEN_IDS = {
     "image_token_index": "<|IMAGE|>",
     "audio_token_index": "<|AUDIO|>",
