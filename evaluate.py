@@ -22,7 +22,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from hov2 import distributed, toy
-from hov2.config import SENSES, ConfigError, EvalConfig
+from hov2.config import ConfigError, EvalConfig
 from hov2.data.formats import DataError
 from hov2.data.samples import Sample, read_samples
 from hov2.engine.setup import Run, command, print0, start
@@ -83,7 +83,7 @@ def load(config: EvalConfig) -> Run:
 def evaluate(config: EvalConfig, run: Run, show: bool = True) -> list[dict]:
     """Answer and score the questions with a loaded model; write the results, `show` them; return the records."""
     samples, coverage = questions(config)
-    run.make.senses = tuple(sense for sense in SENSES if sense in config.senses)
+    run.make.senses = tuple(config.senses)
     evaluator = Evaluator(
         run,
         max_completion_length=config.max_completion_length,

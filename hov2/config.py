@@ -4,6 +4,7 @@ The comments are the keys' only documentation, and `--help` of the scripts print
 these dataclasses.
 """
 
+import json
 import math
 import re
 from dataclasses import dataclass, field
@@ -118,6 +119,10 @@ class JudgeConfig(Checked):
         _need((self.url is None) != (not self.urls), "url, urls: expected one of the two")
         for name in ("model", "messages", "stream", "n"):
             _need(name not in self.extra_body, f"extra_body: {name!r} can't be changed here")
+        try:
+            json.dumps(self.extra_body, allow_nan=False)
+        except ValueError:
+            raise ConfigError("extra_body: expected what JSON can say, got a NaN or an infinity") from None
 
 
 @dataclass
@@ -325,6 +330,7 @@ class EvalConfig(BaseConfig):
         _need(bool(self.data) != bool(self.benchmark), "data, benchmark: expected one of the two")
         _need(bool(self.benchmark) == bool(self.benchmark_root), "benchmark, benchmark_root: expected both, or neither")
         _need(self.senses, f"senses: expected at least one of {', '.join(SENSES)}")
+        self.senses = [sense for sense in SENSES if sense in self.senses]  # in one order, each once
         _need(
             self.num_samples == 1 or self.temperature,
             f"num_samples: {self.num_samples} greedy answers are one answer; set a temperature",

@@ -9,6 +9,7 @@ what would be right.
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -165,7 +166,7 @@ def _check_plain(kind: type, value: Any, where: str) -> None:
     if isinstance(value, bool):  # for Python it would be an int, too
         fits = kind is bool
     elif kind is float:
-        fits = isinstance(value, int | float)
+        fits = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
     else:
         fits = isinstance(value, kind)
     if isinstance(value, str) and fault_of_text(value):

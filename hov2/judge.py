@@ -17,7 +17,7 @@ from typing import Any
 
 from hov2.answers import set_f1
 from hov2.config import JudgeConfig
-from hov2.distributed import atomic_write
+from hov2.distributed import WriteError, atomic_write, print0, writing
 from hov2.judge_reply import Answer, Fault, quoted
 from hov2.judge_score import parse_score
 from hov2.judge_server import ANSWERED, JudgeError, Server
@@ -63,7 +63,9 @@ class Judge:
         self._turns = itertools.count()
         self._cache = Path(config.cache) if config.cache else None
         if self._cache:
-            self._cache.mkdir(parents=True, exist_ok=True)
+            with writing(self._cache):
+                self._cache.mkdir(parents=True, exist_ok=True)
+        self._cache_fails = False
         self._replies = []
 
     def score(self, kind: str, **fields: Any) -> JudgeReply:
@@ -76,7 +78,7 @@ class Judge:
             return JudgeReply(score)
         reply = self._ask(messages, maximum, private=[str(text) for text in fields.values()])
         if path and reply.score is not None:
-            atomic_write(path, json.dumps({"score": reply.score}))
+            self._keep(path, reply.score)
         self._replies.append(reply)
         return reply
 
@@ -149,6 +151,15 @@ class Judge:
             time.sleep(min(_MAX_DELAY, wait))
         return JudgeReply(None, raw, error, time.monotonic() - started, tuple(faults), words)
 
+    def _keep(self, path: Path, score: float) -> None:
+        """Write a score to the cache. Where that fails, as on a full disk, say so once: the score itself is there."""
+        try:
+            atomic_write(path, json.dumps({"score": score}))
+        except WriteError as error:
+            if not self._cache_fails:
+                print0(f"warning: judge.cache: {error}; scores that are not kept are asked for again")
+            self._cache_fails = True
+
     def _digest(self, messages: list[dict]) -> str:
         """What a score depends on, as a file's name: another server may have another model of the same name."""
         config = self.config
@@ -187,6 +198,6 @@ class CompletionJudge:
 
 def _read_score(path: Path) -> float | None:
     """Return the score in a cache file; None if there is none or it can't be one: it is then asked for again."""
-    with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+    with suppress(OSError, ValueError, KeyError, TypeError):
         score = json.loads(path.read_text())["score"]
         return score if isinstance(score, float) and 0 <= score <= 1 else None

@@ -303,6 +303,18 @@ def test_the_judges_extra_body_cannot_change_what_the_client_needs(name):
         JudgeConfig(url="http://x/v1", extra_body={name: None})
 
 
+def test_numbers_are_finite(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"model": "m", "output_dir": "o", "data": [], "weight_decay": NaN}')
+    with pytest.raises(ConfigError, match=r"config.json: weight_decay: expected a number, got nan"):
+        load_config(GRPOConfig, path)
+    path.write_text('{"model": "m", "output_dir": "o", "data": [], "judge": {"url": "http://x/v1"}}')
+    with pytest.raises(ConfigError, match="beta: expected a number, got inf"):
+        load_config(GRPOConfig, path, ["beta=1e999"])
+    with pytest.raises(ConfigError, match="judge: extra_body: expected what JSON can say, got a NaN or an infinity"):
+        load_config(GRPOConfig, path, ["judge.extra_body.top_p=NaN"])
+
+
 def test_the_judges_extra_body_is_any_json(tmp_path):
     path = tmp_path / "c.json"
     body = {"max_tokens": None, "chat_template_kwargs": {"enable_thinking": False}, "stop": ["\n"]}

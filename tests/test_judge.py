@@ -13,7 +13,7 @@ import pytest
 
 from hov2 import judge as judge_module
 from hov2.config import JudgeConfig
-from hov2.distributed import Means
+from hov2.distributed import Means, WriteError
 from hov2.judge import CompletionJudge, Judge, JudgeError, JudgeReply, parse_score
 from hov2.prompts import load_prompts
 from hov2.rewards import Completion, context_reward, logic_reward
@@ -511,6 +511,26 @@ def test_a_broken_cache_file_is_asked_for_again_and_rewritten(tmp_path, content)
         assert ask(judge).score == 0.4
         assert json.loads(file.read_text()) == {"score": 0.4}
         assert len(server.requests) == 2 and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_cache_that_cannot_be_written_costs_no_score(tmp_path, monkeypatch, capsys):
+    def full_disk(path, text):
+        raise WriteError(f"{path}: can't be written: No space left on device")
+
+    monkeypatch.setattr("hov2.judge.atomic_write", full_disk)
+    with judged(chat("4"), cache=str(tmp_path)) as (judge, server):
+        assert ask(judge).score == 0.8
+        assert ask(judge).score == 0.8
+        assert len(server.requests) == 2
+    said = capsys.readouterr().out
+    assert said.count("warning") == 1 and "judge.cache" in said and "No space left" in said
+
+
+def test_a_cache_that_cannot_be_made_is_said_before_the_run(tmp_path):
+    (tmp_path / "file").write_text("")
+    config = JudgeConfig(url="http://localhost:1/v1", cache=str(tmp_path / "file"))
+    with pytest.raises(WriteError, match="file: can't be written"):
+        Judge(config, load_prompts())
 
 
 def test_failures_are_not_cached(tmp_path):

@@ -65,11 +65,11 @@ class Inputs:
     input_features: Tensor | None = None  # (128, mel frames) float32
 
 
-def media_key(sample: Sample, settings: MediaConfig) -> tuple:
-    """What a clip's encoding depends on: its files and how they are read; () for text alone."""
+def media_key(sample: Sample, settings: MediaConfig, senses: tuple[str, ...] = SENSES) -> tuple:
+    """What a clip's encoding depends on: its files, how they are read and what is kept of them; () for text alone."""
     if not sample.paths:
         return ()
-    return (tuple(sample.paths.items()), *astuple(settings))
+    return (tuple(sample.paths.items()), astuple(settings), senses)
 
 
 @dataclass
@@ -114,9 +114,7 @@ class InputMaker:
 
     def _inputs(self, sample: Sample, settings: MediaConfig) -> Inputs:
         """The sample's inputs, however long."""
-        key = media_key(sample, settings)
-        if key and self.senses != SENSES:
-            key = (*key, *self.senses)
+        key = media_key(sample, settings, self.senses)
         if key in self.known:
             shape, pixel_values, input_features = self.known[key], None, None
         else:

@@ -25,7 +25,7 @@ import torch
 from av.stream import Disposition
 from tqdm import tqdm
 
-from hov2.config import BaseConfig, EvalConfig, MediaConfig, SFTConfig, Source
+from hov2.config import SENSES, BaseConfig, EvalConfig, MediaConfig, SFTConfig, Source
 from hov2.config_io import read_config
 from hov2.data.formats import DataError
 from hov2.data.inputs import InputMaker, MediaShape, load_media, media_key
@@ -34,6 +34,7 @@ from hov2.data.samples import Sample, SkipSample, read_slice
 from hov2.engine.checkpoint import sha256
 from hov2.engine.setup import USER_ERRORS
 from hov2.evaluation.benchmarks import read_benchmark
+from hov2.evaluation.ids import listed
 from hov2.evaluation.results import table
 from hov2.model.thinker import load_tokenizer
 from hov2.prompts import load_prompts
@@ -67,6 +68,10 @@ class Part:
     problems: list[Problem]
     media: Counter = field(default_factory=Counter)  # how many samples have such media
 
+    def key(self, sample: Sample) -> tuple:
+        """Return the media key of a sample's clip, as this part's config has it read."""
+        return media_key(sample, self.config.media, _senses(self.config))
+
 
 @dataclass
 class Clip:
@@ -92,20 +97,30 @@ def read_parts(configs: dict[str, BaseConfig], media: str) -> Iterator[Part]:
         make = None
         if media == "decode" and config.max_prompt_length:
             make = InputMaker(
-                load_tokenizer(base), prompts, config.media, config.max_prompt_length, config.on_long_prompt
+                load_tokenizer(base),
+                prompts,
+                config.media,
+                config.max_prompt_length,
+                config.on_long_prompt,
+                senses=_senses(config),
             )
+        asked = []
+        held_out = []
         for source in config.data:
             samples, problems = _read_slice(source, config.seed)
             name = f"{source.path} {source.slice}"
-            yield Part(path, name, config, make, isinstance(config, SFTConfig), samples, problems)
+            asked.append(Part(path, name, config, make, isinstance(config, SFTConfig), samples, problems))
         for source in getattr(config, "eval_data", []):
             samples, problems = _read_slice(source, config.seed)
             name = f"{source.path} {source.slice}"
-            yield Part(f"{path} (held out)", name, config, make, False, samples, problems)
+            held_out.append(Part(f"{path} (held out)", name, config, make, False, samples, problems))
         if getattr(config, "benchmark", None):
             samples, problems = _read_benchmark(config)
             name = f"{config.benchmark} in {config.benchmark_root}"
-            yield Part(path, name, config, make, False, samples, problems)
+            asked.append(Part(path, name, config, make, False, samples, problems))
+        if isinstance(config, EvalConfig) and (config.only or config.exclude):
+            _leave_out(asked, config)
+        yield from asked + held_out
 
 
 def _read_slice(source: Source, seed: int) -> tuple[list[Sample], list[Problem]]:
@@ -121,6 +136,25 @@ def _read_benchmark(config: EvalConfig) -> tuple[list[Sample], list[Problem]]:
         return read_benchmark(config.benchmark, config.benchmark_root), []
     except DataError as error:
         return [], [Problem("bad record", None, str(error))]
+
+
+def _leave_out(parts: list[Part], config: EvalConfig) -> None:
+    """Take out of the parts of an evaluation what its lists `only` and `exclude` leave out."""
+    ids = []
+    for part in parts:
+        ids.extend(sample.id for sample in part.samples)
+    try:
+        left = listed(ids, config.only, config.exclude)
+    except DataError as error:
+        parts[0].problems.append(Problem("bad record", None, str(error)))
+        return
+    for part in parts:
+        part.samples = [sample for sample in part.samples if sample.id in left]
+
+
+def _senses(config: BaseConfig) -> tuple[str, ...]:
+    """Return the senses that reach the prompt: all, unless an evaluation names those that it is about."""
+    return tuple(getattr(config, "senses", SENSES))
 
 
 # ---- Looking at clips ----
@@ -145,13 +179,14 @@ def run_all(function: Callable, tasks: list, workers: int) -> list:
 def look_at(key: tuple, media: str) -> Clip:
     """Return what the clip of a media key gives, looked at as --media says."""
     paths = dict(key[0])
-    settings = MediaConfig(*key[1:])
+    settings = MediaConfig(*key[1])
+    senses = key[2]
     for path in paths.values():
         if not os.path.isfile(path):
             return Clip("missing", f"{path}: no such file")
     try:
         if media == "decode":
-            shape = load_media(paths, settings)[0]
+            shape = load_media(paths, settings, senses)[0]
             return Clip(shape=shape, sums={path: sha256(path) for path in paths.values()})
         if media == "probe":
             probe(paths)
@@ -176,7 +211,7 @@ def look_at_all(parts: list[Part], media: str, workers: int) -> dict[str, str]:
     for part in parts:
         for sample in part.samples:
             if sample.paths:
-                keys[media_key(sample, part.config.media)] = None
+                keys[part.key(sample)] = None
     found = run_all(functools.partial(look_at, media=media), list(keys), workers)
     clips = dict(zip(keys, found))
     shapes = {key: clip.shape for key, clip in clips.items() if clip.shape}
@@ -185,7 +220,7 @@ def look_at_all(parts: list[Part], media: str, workers: int) -> dict[str, str]:
             part.make.known = shapes  # so that measuring a prompt doesn't read its clip again
         for sample in part.samples:
             if sample.paths:
-                clip = clips[media_key(sample, part.config.media)]
+                clip = clips[part.key(sample)]
             else:
                 clip = Clip(shape=MediaShape())
             part.problems += _problems_of(sample, clip, part)

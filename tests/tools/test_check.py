@@ -251,6 +251,28 @@ def test_held_out_questions_and_benchmarks(tmp_path, clips, capsys):
     assert f"{train} and {bench} share clips\n  0 by name: \n  1 by content: {clips}/sound.mp4" in text
 
 
+def test_an_evaluation_is_checked_as_it_will_ask(tmp_path, clips, capsys):
+    records = [
+        record(clips / "sound.mp4", id="heard"),
+        record(clips / "broken.mp4", id="broken"),
+        record(clips / "silent.mp4", id="silent"),
+    ]
+    (tmp_path / "left_out.txt").write_text("broken\n")
+    values = {"samples_per_step": None, "max_completion_length": 8}
+    path = config(tmp_path, "bench", records, exclude=str(tmp_path / "left_out.txt"), **values)
+    code, text, rows = run(capsys, path)
+    assert code == 0 and rows["bench_data.json"] == row(2, no_3_blocks="-")
+    assert "1 video with sound\n" in text
+
+    code, text, rows = run(capsys, path, 'senses=["video"]')
+    assert code == 0 and "with sound" not in text and "2 video\n" in text
+
+    (tmp_path / "left_out.txt").write_text("borken\n")
+    code, text, rows = run(capsys, path)
+    assert code == 1 and "1 of its 1 ids are those of no question: borken" in text
+    assert rows["bench_data.json"]["bad record"] == "1" and rows["bench_data.json"]["unreadable"] == "1"
+
+
 # ---- the command ----
 
 
