@@ -166,19 +166,7 @@ def with_new_rows(weight, rows, new_tokens):
 # ---- The questions ---------------------------------------------------------------------------------------------------
 
 SPLITS = {"sft": 240, "grpo": 720, "held_out": 240}
-TYPES = {"sum": "numerical", "odd word": "multiple choice", "more or less": "judge"}
 LEVELS = ("easier", "harder")
-WORDS = {
-    "animal": "dog cat cow horse pig sheep goat rabbit lion tiger bear wolf fox mouse monkey",
-    "bird": "eagle owl crow duck goose swan parrot robin hawk pigeon hen turkey",
-    "fruit": "apple banana orange grape peach plum cherry lemon melon mango pear kiwi",
-    "vegetable": "carrot potato onion cabbage spinach celery lettuce turnip radish bean",
-    "tool": "hammer saw drill wrench pliers chisel shovel rake axe screwdriver",
-    "instrument": "piano guitar violin drum flute trumpet harp cello banjo organ",
-    "piece of clothing": "shirt hat coat sock shoe glove scarf dress skirt belt jacket",
-    "colour": "red blue green yellow purple brown black white pink grey",
-}
-CLOSE = [("animal", "bird"), ("fruit", "vegetable"), ("tool", "instrument"), ("piece of clothing", "colour")]
 
 
 @dataclass
@@ -188,8 +176,7 @@ class Question:
     problem: str
     context: str
     think: str
-    answer: str
-    options: list[str] | None = None
+    answer: int
 
 
 def sum_question(level, rng):
@@ -197,53 +184,36 @@ def sum_question(level, rng):
     first = rng.randint(11, 89)
     second = rng.randint(2, 9) if level == "easier" else rng.randint(11, 89)
     total = first + second
+    return Question(f"What is {first} + {second}?", f"{first} and {second}.", f"{first} + {second} = {total}.", total)
+
+
+def three_numbers_question(level, rng):
+    """A sum of three: of one digit each, or the first of two."""
+    first = rng.randint(2, 9) if level == "easier" else rng.randint(11, 79)
+    second = rng.randint(2, 9)
+    third = rng.randint(2, 9)
+    both = first + second
+    total = both + third
     return Question(
-        f"What is {first} + {second}?", f"{first} and {second}.", f"{first} + {second} = {total}.", f"{total}"
+        f"What is {first} + {second} + {third}?",
+        f"{first}, {second} and {third}.",
+        f"{first} + {second} = {both}. {both} + {third} = {total}.",
+        total,
     )
 
 
-def odd_word_question(level, rng):
-    """Three words of one kind and one of another: any other kind, or one that is close to it."""
-    if level == "harder":
-        kind, other = rng.sample(rng.choice(CLOSE), 2)
-    else:
-        kind, other = rng.sample(sorted(WORDS), 2)
-    odd = rng.choice(WORDS[other].split())
-    words = [odd, *rng.sample(WORDS[kind].split(), 3)]
-    rng.shuffle(words)
-    options = [f"{letter}. {word}" for letter, word in zip("ABCD", words)]
-    article = "an" if other[0] in "aeiou" else "a"
-    return Question(
-        "Which word is not like the others?",
-        f"{', '.join(words)}.",
-        f"{odd} is {article} {other}.",
-        "ABCD"[words.index(odd)],
-        options,
-    )
+def next_number_question(level, rng):
+    """How a row of numbers goes on: by 1, 2, 5 or 10 each time, or by another number of one digit."""
+    step = rng.choice([1, 2, 5, 10] if level == "easier" else [3, 4, 6, 7, 8, 9])
+    first = rng.randint(2, 60)
+    second = first + step
+    third = second + step
+    following = third + step
+    row = f"{first}, {second}, {third}"
+    return Question(f"Which number comes after {row}?", f"{row}.", f"{third} + {step} = {following}.", following)
 
 
-def more_or_less_question(level, rng):
-    """Whether one number is more than another: two of two digits, or a sum and a number close to it."""
-    if level == "easier":
-        first, second = rng.sample(range(11, 100), 2)
-        asked = f"{first}"
-        think = f"{first}"
-    else:
-        left, right = rng.randint(11, 79), rng.randint(2, 9)
-        first = left + right
-        second = first + rng.choice([-6, -5, -4, -3, -2, -1, 1, 2, 3, 4, 5, 6])
-        asked = f"{left} + {right}"
-        think = f"{left} + {right} = {first}. {first}"
-    relation = "more" if first > second else "less"
-    return Question(
-        f"Is {asked} more than {second}?",
-        f"{asked} and {second}.",
-        f"{think} is {relation} than {second}.",
-        "Yes" if first > second else "No",
-    )
-
-
-MAKERS = {"sum": sum_question, "odd word": odd_word_question, "more or less": more_or_less_question}
+MAKERS = {"sum": sum_question, "three numbers": three_numbers_question, "next number": next_number_question}
 
 
 def write_data(folder, seed=0):
@@ -264,12 +234,11 @@ def write_data(folder, seed=0):
 
 
 def unseen_question(kind, level, rng, seen):
-    """A question that is not in `seen`, where it is put; options in another order are the same question."""
+    """A question that is not in `seen`, where it is put."""
     while True:
         question = MAKERS[kind](level, rng)
-        words = tuple(sorted(option[3:] for option in question.options or []))
-        if (question.problem, words) not in seen:
-            seen.add((question.problem, words))
+        if question.problem not in seen:
+            seen.add(question.problem)
             return question
 
 
@@ -278,8 +247,7 @@ def record(sample_id, kind, level, question):
     return {
         "id": sample_id,
         "problem": question.problem,
-        "problem_type": TYPES[kind],
-        "options": question.options,
+        "problem_type": "numerical",
         "solution": f"<context>{question.context}</context><think>{question.think}</think>"
         f"<answer>{question.answer}</answer>",
         "data_type": "text",
