@@ -261,14 +261,15 @@ def record(sample_id, kind, level, question):
 EVALUATIONS = {"eval_sft": "after SFT", "eval_grpo": "after GRPO"}  # folders of the run
 CURVES = {"format": ("flat", "bad"), "accuracy": ("curve", "good")}  # the reward: line and dots in figures.py
 SMOOTH = 5  # steps whose mean is drawn
+WINDOW = 10  # steps whose samples are one column
 
 
 def report(run, svg=None):
-    """Prints held-out accuracy by kind and level of question; with `svg`, writes the rewards of GRPO's steps there."""
+    """Prints accuracy by kind and level of question, held out and as sampled in GRPO; `svg`: its rewards as a figure."""
     groups = {"all": []}
     for question in read_lines(run / "data" / "held_out.jsonl"):
         groups["all"].append(question["id"])
-        groups.setdefault(f"{question['kind']}, {question['level']}", []).append(question["id"])
+        groups.setdefault(group_of(question), []).append(question["id"])
     found = {}
     for folder in EVALUATIONS:
         found[folder] = {answer["id"]: answer for answer in read_lines(run / folder / "predictions.jsonl")}
@@ -277,19 +278,49 @@ def report(run, svg=None):
         rows.append((group, len(names), *score_cells("accuracy", names, found)))
     rows.append(("format", len(groups["all"]), *score_cells("format", groups["all"], found)))
     print(table(rows))
-    change = compare(*[list(answers.values()) for answers in found.values()])
-    low, high = change["interval"]
-    print(f"difference of the accuracies {change['difference']:+.3f} [{low:+.3f}, {high:+.3f}], question by question")
+    before, after = [list(answers.values()) for answers in found.values()]
+    print(f"accuracy, question by question: {change(before, after)}")
+    in_form = [answer for answer in before if answer["format"]]
+    print(f"  where the form was right before: {change(in_form, after)}")
+    print()
+    print(table(sampled(run, list(groups))))
     steps = read_lines(run / "grpo" / "metrics.jsonl")
-    for name in CURVES:
-        values = [step[f"rewards/{name}/mean"] for step in steps]
-        print(
-            f"{name} in GRPO, first and last {SMOOTH} steps: {mean(values[:SMOOTH]):.3f}, {mean(values[-SMOOTH:]):.3f}"
-        )
     seconds = sum(value for step in steps for key, value in step.items() if key.startswith("time/"))
     print(f"{len(steps)} steps of GRPO, {seconds / len(steps):.0f} s a step")
     if svg:
         Path(svg).write_text(curve(steps).svg(), encoding="utf-8")
+
+
+def change(before, after):
+    """The difference that the later answers make to the earlier ones' accuracy, with its interval, as text."""
+    asked = {answer["id"] for answer in before}
+    found = compare(before, [answer for answer in after if answer["id"] in asked])
+    low, high = found["interval"]
+    return f"{found['difference']:+.3f} [{low:+.3f}, {high:+.3f}] over {len(before)}"
+
+
+def group_of(question):
+    """The row of the report that a question belongs to, beside "all"."""
+    return f"{question['kind']}, {question['level']}"
+
+
+def sampled(run, groups):
+    """Rows of the mean accuracy of GRPO's own samples, by group of questions, and of their format: by steps."""
+    group_of_id = {question["id"]: group_of(question) for question in read_lines(run / "data" / "grpo.jsonl")}
+    scores = {}  # (row, window) -> scores
+    for rollout in read_lines(run / "grpo" / "rollouts.jsonl"):
+        window = rollout["step"] // WINDOW
+        for completion in rollout["completions"]:
+            rewards = completion["rewards"]
+            for row in ("all", group_of_id[rollout["sample"]]):
+                scores.setdefault((row, window), []).append(rewards["accuracy"])
+            scores.setdefault(("format", window), []).append(rewards["format"])
+    windows = range(max(window for _, window in scores) + 1)
+    heads = [f"steps {WINDOW * window}-{WINDOW * window + WINDOW - 1}" for window in windows]
+    rows = [("accuracy of samples", *heads)]
+    for row in [*groups, "format"]:
+        rows.append((row, *(f"{mean(scores[row, window]):.3f}" for window in windows)))
+    return rows
 
 
 def score_cells(name, questions, found):
@@ -329,8 +360,8 @@ def curve(steps):
             x, y = at(number, value)
             figure.rect(x - 2, y - 2, 4, 4, dot, 0.5, radius=2)
         figure.path([at(number, value) for number, value in enumerate(smooth)], line)
-        figure.rect(left + 12, top + height - 45 + 18 * row, 10, 10, dot)
-        figure.text(left + 28, top + height - 36 + 18 * row, f"{name} reward", "small")
+        figure.rect(left + width - 112, top + height - 45 + 18 * row, 10, 10, dot)
+        figure.text(left + width - 96, top + height - 36 + 18 * row, f"{name} reward", "small")
     return figure
 
 

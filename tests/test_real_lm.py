@@ -135,7 +135,8 @@ def test_the_report_compares_two_evaluations(tmp_path, capsys):
     for folder, wrong in (("eval_sft", 3), ("eval_grpo", 5)):
         answers = []
         for number, question in enumerate(questions):
-            answers.append({"id": question["id"], "accuracy": float(number % wrong > 0), "format": 1.0})
+            right = float(number % wrong > 0)
+            answers.append({"id": question["id"], "accuracy": right, "format": float(number < 120)})
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "predictions.jsonl").write_text("\n".join(map(json.dumps, answers)))
     steps = [
@@ -144,7 +145,17 @@ def test_the_report_compares_two_evaluations(tmp_path, capsys):
     ]
     (tmp_path / "grpo").mkdir()
     (tmp_path / "grpo" / "metrics.jsonl").write_text("\n".join(map(json.dumps, steps)))
+    rollouts = []
+    for number, question in enumerate(real_lm.read_lines(tmp_path / "data" / "grpo.jsonl")[:240]):
+        step = number % 20  # each kind and level of question comes in both halves
+        rewards = [{"format": 1.0, "accuracy": 0.0}, {"format": 0.0, "accuracy": float(step >= 10)}]
+        completions = [{"rewards": of_one} for of_one in rewards]
+        rollouts.append({"step": step, "sample": question["id"], "completions": completions})
+    (tmp_path / "grpo" / "rollouts.jsonl").write_text("\n".join(map(json.dumps, rollouts)))
     real_lm.main(["report", str(tmp_path), "--svg", str(tmp_path / "curve.svg")])
     printed = capsys.readouterr().out
-    assert "0.667 [" in printed and "0.800 [" in printed and "accuracy in GRPO" in printed and "3 s a step" in printed
+    assert "0.667 [" in printed and "0.800 [" in printed and "3 s a step" in printed
+    assert "question by question: +0.133 [" in printed and "over 240\n" in printed
+    assert "before: +0.133 [" in printed and "over 120\n" in printed
+    assert re.search(r"next number, harder +0\.000 +0\.500\nformat +0\.500 +0\.500\n", printed)
     assert (tmp_path / "curve.svg").read_text().startswith("<svg")
