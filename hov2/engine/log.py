@@ -49,13 +49,13 @@ class MetricsLog:
         hidden = None if self.writes else True  # None: shown where there is a terminal
         self.bar = tqdm(total=total_steps, initial=start_step, unit="step", disable=hidden)
         self.history = []
-        self.trackers = []
+        self.trackers = {}
         if self.writes:
             path = Path(output_dir) / "metrics.jsonl"
             self._file = _Lines(path, start_step)
             for line in path.read_text(encoding="utf-8").splitlines():
                 self.history.append(json.loads(line))
-            self.trackers = [_tracker(name, output_dir) for name in report_to]
+            self.trackers = {name: _tracker(name, output_dir) for name in report_to}
 
     def write(self, step: int, metrics: dict) -> None:
         """Append `{"step": step, **metrics}`; values are numbers, one-element tensors or arrays, None or text."""
@@ -65,10 +65,18 @@ class MetricsLog:
         self._file.write([{"step": step, **metrics}])
         self.history.append(metrics)
         numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
-        for tracker in self.trackers:
-            tracker(step, numbers)
+        self._track(step, numbers)
         tqdm.write(console_line(step, self.total_steps, numbers))
         self.bar.update(step + 1 - self.bar.n)
+
+    def _track(self, step: int, numbers: dict[str, float]) -> None:
+        """Pass the numbers on to the trackers. One that can't write, for a full disk, is done without from then on."""
+        for name, tracker in list(self.trackers.items()):
+            try:
+                tracker(step, numbers)
+            except OSError as error:
+                tqdm.write(f"warning: report_to: {name} can't be written ({error}); the run goes on without it")
+                del self.trackers[name]
 
     def close(self) -> None:
         """End the progress bar; raises WriteError for lines that could not be written."""

@@ -105,6 +105,28 @@ def test_console_columns_have_one_width():
     assert one == "step   9/100 | reward  1.500 | grad   0.250 | lr 1.00e-06" and len(one) == len(two)
 
 
+def test_a_tracker_that_cannot_write_is_left_out(tmp_path, monkeypatch, capsys):
+    seen = []
+
+    def tracker_called(name, output_dir):
+        def track(step, metrics):
+            if name == "tensorboard" and step == 1:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            seen.append((name, step))
+
+        return track
+
+    monkeypatch.setattr("hov2.engine.log._tracker", tracker_called)
+    log = MetricsLog(tmp_path, rank=0, report_to=["tensorboard", "wandb"], total_steps=3)
+    for step in range(3):
+        log.write(step, {"loss": 0.5})
+    log.close()
+    assert seen == [("tensorboard", 0), ("wandb", 0), ("wandb", 1), ("wandb", 2)]
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [0, 1, 2]
+    said = capsys.readouterr().out
+    assert said.count("warning: report_to: tensorboard can't be written") == 1 and "No space left" in said
+
+
 @pytest.mark.parametrize("name, module", [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
 def test_missing_tracker_says_how_to_install(tmp_path, monkeypatch, name, module):
     monkeypatch.setitem(sys.modules, module, None)
