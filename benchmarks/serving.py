@@ -2,6 +2,7 @@
 
     python benchmarks/serving.py write MODEL OUT    with hov2: MODEL as a full model without a talker, prompts and tokens
     python benchmarks/serving.py serve OUT          with vLLM: the same prompts, under three mm_processor_kwargs
+    python benchmarks/serving.py chat OUT URL       the questions in text as chat messages, to vLLM's server of OUT/model
 
 MODEL is a thinker's folder, such as that of `python benchmarks/real_lm.py graft`. Both compute in float32, where no two
 logits are equal. `serve` needs an environment of its own, which docs/evaluation.md describes.
@@ -103,6 +104,40 @@ def unexpanded(text):
     return text
 
 
+# ---- With vLLM's server ----------------------------------------------------------------------------------------------
+
+
+def chat(out, url):
+    """Prints how many answers over HTTP are equal; URL is the server's base, such as http://localhost:8000/v1."""
+    import requests
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(out / "model")
+    equal = 0
+    prompts = [prompt for prompt in json.loads((out / "prompts.json").read_text()) if not prompt["media"]]
+    for prompt in prompts:
+        body = {
+            "model": str(out / "model"),
+            "messages": messages_of(tokenizer.decode(prompt["ids"])),
+            "temperature": 0,
+            "max_tokens": TOKENS,
+        }
+        response = requests.post(f"{url}/chat/completions", json=body, timeout=120)
+        response.raise_for_status()
+        answer = response.json()["choices"][0]["message"]["content"]
+        equal += answer == tokenizer.decode(prompt["tokens"], skip_special_tokens=True)
+    print(f"text: {len(prompts)} questions, answers equal: {equal}")
+
+
+def messages_of(text):
+    """The messages of a chat in ChatML, without the turn of the assistant that it ends with."""
+    messages = []
+    for turn in text.split("<|im_start|>")[1:-1]:
+        role, content = turn.split("\n", 1)
+        messages.append({"role": role, "content": content.removesuffix("\n").removesuffix("<|im_end|>")})
+    return messages
+
+
 def main(argv=None):
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -110,13 +145,17 @@ def main(argv=None):
     writing = commands.add_parser("write")
     writing.add_argument("model")
     serving = commands.add_parser("serve")
-    for command in (writing, serving):
+    chatting = commands.add_parser("chat")
+    for command in (writing, serving, chatting):
         command.add_argument("out", type=Path)
+    chatting.add_argument("url")
     arguments = parser.parse_args(argv)
     if arguments.command == "write":
         write(arguments.model, arguments.out)
-    else:
+    elif arguments.command == "serve":
         serve(arguments.out)
+    else:
+        chat(arguments.out, arguments.url)
 
 
 if __name__ == "__main__":
