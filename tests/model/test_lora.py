@@ -29,7 +29,7 @@ def stage(world, folder, model, stage, judge, **settings):
             "judge.url": judge.url,
         },
     )
-    return toy.scores_of(toy.read_predictions(folder / "eval" / "predictions.jsonl")["eval"])["accuracy"]
+    return toy.scores_of(toy.read_predictions(folder / "eval" / "predictions.jsonl"))["accuracy"]
 
 
 @pytest.mark.slow
