@@ -319,7 +319,11 @@ def sampled(run, groups):
     heads = [f"steps {WINDOW * window}-{WINDOW * window + WINDOW - 1}" for window in windows]
     rows = [("accuracy of samples", *heads)]
     for row in [*groups, "format"]:
-        rows.append((row, *(f"{mean(scores[row, window]):.3f}" for window in windows)))
+        cells = []
+        for window in windows:
+            values = scores.get((row, window))  # a short run has no samples of some kinds
+            cells.append(f"{mean(values):.3f}" if values else "-")
+        rows.append((row, *cells))
     return rows
 
 

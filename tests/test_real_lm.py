@@ -147,7 +147,9 @@ def test_the_report_compares_two_evaluations(tmp_path, capsys):
     (tmp_path / "grpo" / "metrics.jsonl").write_text("\n".join(map(json.dumps, steps)))
     rollouts = []
     for number, question in enumerate(real_lm.read_lines(tmp_path / "data" / "grpo.jsonl")[:240]):
-        step = number % 20  # each kind and level of question comes in both halves
+        step = number % 20  # each kind and level of question comes in both halves, but one
+        if step >= 10 and real_lm.group_of(question) == "sum, easier":
+            continue
         rewards = [{"format": 1.0, "accuracy": 0.0}, {"format": 0.0, "accuracy": float(step >= 10)}]
         completions = [{"rewards": of_one} for of_one in rewards]
         rollouts.append({"step": step, "sample": question["id"], "completions": completions})
@@ -157,5 +159,6 @@ def test_the_report_compares_two_evaluations(tmp_path, capsys):
     assert "0.667 [" in printed and "0.800 [" in printed and "3 s a step" in printed
     assert "question by question: +0.133 [" in printed and "over 240\n" in printed
     assert "before: +0.133 [" in printed and "over 120\n" in printed
+    assert re.search(r"sum, easier +0\.000 +-\n", printed)
     assert re.search(r"next number, harder +0\.000 +0\.500\nformat +0\.500 +0\.500\n", printed)
     assert (tmp_path / "curve.svg").read_text().startswith("<svg")

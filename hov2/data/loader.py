@@ -155,7 +155,7 @@ class StepLoader:
     def _begin(self, index: int) -> Future:
         """A future of the sample's Inputs, or of the exception that says why there are none."""
         sample = self.samples[index]
-        if self.readers and media_key(sample, self.make.media_config) not in self.make.known:
+        if self.readers and media_key(sample, self.make.media_config, self.make.senses) not in self.make.known:
             return self.readers.submit(_read_here, sample)
         return self.threads.submit(tried, self.make, sample)
 
